@@ -1,0 +1,427 @@
+"""From disk to a batch on the device: CIFAR-10, a stand-in for it, augmentation, patch masking and rotation, batches.
+
+Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in; the three splits
+Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix     (whole batches at a time)
+Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task)
+Part 4, batches:         shuffled batches, SameClassBatchSampler
+
+The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor operations
+on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
+
+Depends on torch, numpy and pillow: copy this file alone.
+
+    python data.py --data data              # fetch CIFAR-10 into data/ and check it
+    python data.py --sheet synthetic.png    # look at the synthetic stand-in
+
+Shape letters: B batch, S image size, P patch size, N patches, C colour channels. Images are [B, 3, S, S].
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import pathlib
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the binary version: labels and pixels, no pickle
+SIZE = 170_052_171
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+FOLDER = "cifar-10-batches-bin"
+TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
+FILES = [*TRAIN_FILES, "test_batch.bin"]
+RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue plane
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 1: data on disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
+    """Download, check and unpack the archive so that folder/cifar-10-batches-bin appears last, complete or not at all.
+
+    A broken download is picked up where it broke, now or by the next call.
+    Raises SystemExit with one sentence: no network, no space, a wrong checksum, not an archive.
+    """
+    archive, part = folder / "cifar-10-binary.tar.gz.part", folder / (FOLDER + ".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(url, archive, size)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != sha256:
+            archive.unlink()
+            sys.exit(f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; it was deleted, try again")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        with tarfile.open(archive, "r:gz") as tar:
+            for name in FILES:  # only the six names we know, written under names we choose: no path in it is trusted
+                with tar.extractfile(f"{FOLDER}/{name}") as source, open(part / name, "wb") as target:
+                    shutil.copyfileobj(source, target)
+        (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
+        os.replace(part, folder / FOLDER)
+        archive.unlink()
+    except (KeyError, tarfile.TarError, EOFError):
+        archive.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        sys.exit(f"{url} is not the CIFAR-10 binary archive; it was deleted, try again")
+    except OSError as error:  # the disk: network errors are dealt with in _download
+        shutil.rmtree(part, ignore_errors=True)
+        sys.exit(f"can't write CIFAR-10 to {folder}: {error.strerror or error}; 350 MB must be free there")
+
+
+def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
+    """Append what is missing of `url` to `path`; try again a few times, each time from where it broke."""
+    for attempt in range(tries):
+        have = path.stat().st_size if path.exists() else 0
+        if have >= size:
+            return
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=30) as response, open(path, "ab") as file:
+                if have and response.status != 206:  # this server can't start in the middle
+                    file.truncate(0)
+                start, begun = time.perf_counter(), file.tell()
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    done, seconds = file.tell(), time.perf_counter() - start
+                    left = (size - done) * seconds / max(1, done - begun)
+                    bar = "#" * (30 * done // size)
+                    print(f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ", end="", flush=True)
+            print()
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", None) or error
+            if attempt == tries - 1:
+                sys.exit(f"can't download {url}: {reason}; go online and try again, or unpack the archive yourself so that {path.parent / FOLDER} exists")
+            time.sleep(0 if path.exists() and path.stat().st_size > have else attempt)
+
+
+def find(data: str) -> pathlib.Path:
+    """The folder of .bin files for --data, which may name it or its parent."""
+    path = pathlib.Path(data)
+    return path if path.name == FOLDER else path / FOLDER
+
+
+def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order.
+
+    Raises SystemExit with one sentence when a file is missing, of the wrong size or holds a label above 9.
+    """
+    records = []
+    for name in names:
+        try:
+            raw = np.fromfile(folder / name, dtype=np.uint8)
+        except OSError:
+            sys.exit(f"{folder} has no {name}; `python data.py --data {folder.parent}` fetches CIFAR-10, or point --data at its folder")
+        if len(raw) != 10_000 * RECORD:
+            sys.exit(f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again")
+        if raw[::RECORD].max() > 9:
+            sys.exit(f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; delete {folder} and fetch it again")
+        records.append(raw.reshape(-1, RECORD))
+    records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+
+
+def load(data: str, split: str, device: torch.device | str = "cpu", limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
+
+    train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with it
+    test 10,000, the official test set: read once, by the final evaluation
+    `data` is a folder or the word "synthetic"; `limit` keeps the first so many images (0: all).
+    Raises SystemExit with one sentence on damaged or missing files.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split must be train, validation or test, not {split!r}")
+    if data == "synthetic":
+        number = {"train": 45_000, "validation": 5_000, "test": 10_000}[split]
+        images, labels = synthetic(min(limit or number, number), seed=number)
+    elif split == "test":
+        images, labels = read_batches(find(data), ["test_batch.bin"])
+    else:
+        images, labels = read_batches(find(data), TRAIN_FILES)
+        order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
+        order = order[:45_000] if split == "train" else order[45_000:]
+        images, labels = images[order], labels[order]
+    limit = limit or len(images)
+    return images[:limit].to(device), labels[:limit].to(device)
+
+
+def describe(data: str) -> dict[str, str]:
+    """The data set's short name, and in one line where its pixels come from, for tables and figures."""
+    if data == "synthetic":
+        return {"dataset": "synthetic", "provenance": "SYNTHETIC shapes drawn by data.py, not CIFAR-10"}
+    note = find(data) / "provenance.txt"  # written by `fetch`; put there by hand for files of another origin
+    origin = note.read_text().strip() if note.exists() else "CIFAR-10 files found on disk, origin not known"
+    return {"dataset": "cifar10", "provenance": origin}
+
+
+def class_names(data: str) -> list[str]:
+    """The ten class names, by label."""
+    return SHAPES if data == "synthetic" else CLASSES
+
+
+def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
+
+    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and noise vary
+    from image to image and have nothing to do with the class, so pixel values alone say little about it.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(number, *shape, generator=g)
+
+    labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]
+    angle, scale = draw(-math.pi, math.pi, 1, 1), draw(0.4, 0.8, 1, 1)
+    dx, dy = x - draw(-0.35, 0.35, 1, 1), y - draw(-0.35, 0.35, 1, 1)  # [n, S, S]
+    u = (dx * angle.cos() + dy * angle.sin()) / scale
+    v = (dy * angle.cos() - dx * angle.sin()) / scale
+    r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
+    petal = 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u))
+    inside = [r < 0.9, (r < 1) & (r > 0.6), box < 0.8, (box < 0.9) & (box > 0.55),
+              (v < 0.6) & (v > 1.9 * u.abs() - 1), (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28), r < petal,
+              (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5), (box < 0.9) & (torch.sin(9 * u) > 0),
+              (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0)]  # fmt: skip
+    mask = torch.zeros(number, size, size)  # [n, S, S]
+    for k, shape in enumerate(inside):
+        mask[labels == k] = shape[labels == k].float()
+    # background: a slope between two colours, plus a blob that is no shape of any class
+    colours = draw(0, 1, 4, 3, 1, 1)  # [n, 4, 3, 1, 1]
+    slope = (draw(-0.5, 0.5, 1, 1) * x + draw(-0.5, 0.5, 1, 1) * y + 0.5)[:, None]  # [n, 1, S, S]
+    blob = torch.exp(-(((x - draw(-1, 1, 1, 1)) ** 2 + (y - draw(-1, 1, 1, 1)) ** 2) / 0.15))[:, None]
+    image = colours[:, 0] * slope + colours[:, 1] * (1 - slope)
+    image = image + blob * (colours[:, 3] - image) * 0.8
+    image = image + mask[:, None] * (colours[:, 2] - image)  # [n, 3, S, S]
+    image += draw(0.02, 0.15, 1, 1, 1) * torch.randn(image.shape, generator=g)
+    return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 2: augmentation. Every function works on a whole batch and draws from one generator, which checkpoints save.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def uniform(like: torch.Tensor, low: float, high: float, generator: torch.Generator | None, *shape: int) -> torch.Tensor:
+    """Numbers between low and high, [B, *shape], on the device of `like` [B, ...]."""
+    return low + (high - low) * torch.rand(len(like), *shape, device=like.device, generator=generator)
+
+
+def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pad: int = 4) -> torch.Tensor:
+    """Random shift by up to `pad` pixels with reflection at the border, and a random mirror image.
+
+    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1].
+    Rather than padding and cropping, each output row and column looks up the input row and column it comes from.
+    """
+    B, _, S, _ = images.shape
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
+    at = torch.arange(S, device=images.device) + shift  # [2, B, S], from -pad to S - 1 + pad
+    at = (S - 1) - ((S - 1) - at.abs()).abs()  # reflect: -1 -> 1, S -> S - 2
+    rows, columns = at[0], at[1]  # [B, S] each
+    mirror = uniform(images, 0, 1, generator, 1) < 0.5
+    columns = torch.where(mirror, columns.flip(1), columns)
+    b = torch.arange(B, device=images.device)[:, None, None]  # [B, 1, 1]
+    # indices around a slice put the indexed axes in front: [B, S, S, 3]
+    return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
+
+
+def resized_crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, scale: tuple = (0.2, 1.0)) -> torch.Tensor:
+    """A random rectangle of the image (area in `scale`, aspect 3/4 to 4/3) stretched to full size, and maybe mirrored.
+
+    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A)
+    """
+    area = uniform(images, *scale, generator)
+    ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # as shares of the image, [B]
+    x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
+    y = uniform(images, -1, 1, generator) * (1 - h)
+    w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
+    zero = torch.zeros_like(w)
+    theta = torch.stack([torch.stack([w, zero, x], 1), torch.stack([zero, h, y], 1)], 1)  # [B, 2, 3]
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # [B, S, S, 2]
+    return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
+
+
+def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0) -> torch.Tensor:
+    """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then greyscale.
+
+    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a pixel, so
+    they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation scales them.
+    80 % of the images are distorted, 20 % made grey.
+    """
+    change = (uniform(images, 0, 1, generator) < 0.8).float()
+    grey = uniform(images, 0, 1, generator) < 0.2
+    s = 0.4 * strength
+    brightness = 1 + change * uniform(images, -s, s, generator)
+    contrast = 1 + change * uniform(images, -s, s, generator)
+    saturation = torch.where(grey, 0.0, 1 + change * uniform(images, -s, s, generator))
+    hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    to_yiq = to_yiq.to(images.device)
+    zero = torch.zeros_like(hue)
+    cos, sin = saturation * hue.cos(), saturation * hue.sin()
+    turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
+    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq * brightness[:, None, None]  # [B, 3, 3] in RGB
+    images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)
+
+
+def contrastive_view(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One random SimCLR view of each image: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]."""
+    return colour_jitter(resized_crop_flip(images, generator), generator)
+
+
+def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None,
+           probability: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
+
+    images: [B, 3, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that stayed.
+    The rectangle is the same for the whole batch, its area uniform in [0, 1]; with 1 - `probability` it is empty.
+    """
+    S = images.shape[-1]
+    area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
+    half = torch.where(chance < probability, area.sqrt() / 2, 0)
+    at = (torch.arange(S, device=images.device) + 0.5) / S
+    inside = ((at - x).abs() < half)[None, :] & ((at - y).abs() < half)[:, None]  # [S, S]
+    other = torch.randperm(len(images), device=images.device, generator=generator)
+    return torch.where(inside, images[other], images), labels[other], 1 - inside.float().mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 3: patches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
+    """[B, C, S, S] -> [B, N, C, P, P], patches row by row. The exact inverse of `unpatchify`.
+
+    Raises ValueError when the image is not a whole number of patches.
+    """
+    B, C, S, _ = images.shape
+    if S % patch:
+        raise ValueError(f"image size {S} is not a whole number of {patch}-pixel patches")
+    x = images.reshape(B, C, S // patch, patch, S // patch, patch)  # [B, C, row, P, column, P]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, patch, patch)  # [B, row, column, C, P, P] -> [B, N, C, P, P]
+
+
+def unpatchify(patches: torch.Tensor) -> torch.Tensor:
+    """[B, N, C, P, P] -> [B, C, S, S]. The exact inverse of `patchify`."""
+    B, N, C, P, _ = patches.shape
+    side = math.isqrt(N)
+    x = patches.reshape(B, side, side, C, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, C, row, P, column, P]
+    return x.reshape(B, C, side * P, side * P)
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row b of the result holds x[b, index[b]]: x [B, N, ...], index [B, M] -> [B, M, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None, patch: int = 8, masked: int = 4,
+                  rotated: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Model M's input: per image, black out `masked` random patches and turn `rotated` others by one angle.
+
+    images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the rotated
+    ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and rotated patches
+    together are the report's set A: 8 of the 16 patches, half of them masked.
+    Raises ValueError when there are fewer than masked + rotated patches.
+    """
+    x = patchify(images, patch)  # [B, N, C, P, P]
+    B, N = x.shape[:2]
+    if masked + rotated > N:
+        raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
+    order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # a random permutation per image
+    mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
+    angle = torch.randint(4, (B,), device=x.device, generator=generator)
+    b = torch.arange(B, device=x.device)
+    turned = torch.stack([torch.rot90(take(x, turn_at), k, dims=(3, 4)) for k in range(4)])  # [4, B, rotated, C, P, P]
+    x[b[:, None], turn_at] = turned[angle, b]  # [B, rotated, C, P, P]
+    x[b[:, None], mask_at] = 0
+    return unpatchify(x), mask_at, turn_at, angle
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 4: batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def shuffled_batches(number: int, batch: int, generator: torch.Generator):
+    """Yield index tensors [batch] that cover a random order of range(number); a rest smaller than a batch is dropped."""
+    order = torch.randperm(number, device=generator.device, generator=generator)
+    yield from order[: number - number % batch].split(batch)
+
+
+class SameClassBatchSampler(torch.utils.data.Sampler):
+    """Batches of indices whose images all belong to one class, to act as the frames of a pseudo-video.
+
+        sampler = SameClassBatchSampler(labels, 16)
+        DataLoader(dataset, batch_sampler=sampler)      # or, with everything on the device:
+        for index in sampler: frames = images[index]
+
+    labels: [n]. Each epoch shuffles within each class and then the order of the batches, by (seed, epoch); call
+    `set_epoch` before each. No index comes twice in an epoch; what is left of a class when fewer than `batch` of its
+    images remain is dropped (drop_last), another rest each epoch.
+    Raises ValueError when a class has fewer than `batch` images.
+    """
+
+    def __init__(self, labels: torch.Tensor, batch: int = 16, seed: int = 0):
+        self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # per class, its indices
+        if min(map(len, self.members)) < batch:
+            raise ValueError(f"a class has only {min(map(len, self.members))} images, fewer than one batch of {batch}")
+        self.batch, self.seed, self.epoch = batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of this epoch, as torch's DistributedSampler does."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(len(m) // self.batch for m in self.members)
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        batches = []
+        for m in self.members:
+            m = m[torch.randperm(len(m), generator=g)]
+            batches += m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist()
+        for i in torch.randperm(len(batches), generator=g).tolist():
+            yield batches[i]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder that holds, or will hold, cifar-10-batches-bin (default: data)")
+    parser.add_argument("--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file")
+    args = parser.parse_args()
+    if args.sheet:
+        images, labels = synthetic(400)
+        rows = torch.cat([images[labels == k][:10] for k in range(10)])  # [100, 3, 32, 32]
+        sheet = unpatchify(rows[None])[0].permute(1, 2, 0)  # [320, 320, 3]: an image made of 100 "patches"
+        Image.fromarray(sheet.numpy()).resize((960, 960), Image.NEAREST).save(args.sheet)
+        return print(f"drew {args.sheet}; a row per class: {', '.join(SHAPES)}")
+    folder = find(args.data)
+    if not folder.exists():
+        fetch(folder.parent)
+    for split in ("train", "validation", "test"):
+        images, labels = load(args.data, split)
+        print(f"{split}: {len(images):,} images, {labels.bincount().min()} to {labels.bincount().max()} per class")
+    print(f"{folder}: {describe(args.data)['provenance']}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on where it was")

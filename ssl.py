@@ -1,0 +1,263 @@
+"""Stage 1: learn from images without labels, then ask what was learned.
+
+    pretrain --task infonce   two random views of an image shall look alike, all other images different (baseline)
+    pretrain --task m         Model M: tell the angle of turned patches, repaint blacked-out patches
+    probe                     freeze the encoder, fit a linear layer on its features: what is there to be read off?
+    finetune                  train the encoder on, with labels: what was it good for?
+
+Depends on vit.py and data.py: copy this file with those two. Its loops are `pretrain` and `finetune` below.
+
+    python ssl.py pretrain --task m --epochs 4 --out runs/mine
+    python ssl.py probe --checkpoint runs/mine/m.pt --out runs/mine
+    python ssl.py finetune --checkpoint runs/mine/m.pt --epochs 8 --out runs/mine
+
+Papers: Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR), Gidaris et al. 2018 (rotation), He et al. 2022 (masked
+autoencoders), Chhabra et al. 2024 (PatchRot).
+"""
+
+from __future__ import annotations
+
+if __name__ == "ssl":
+    # Python looks in the script's own folder first, so with this file in it `import ssl` - which torch, urllib and
+    # many others do - finds this file instead of the standard library's ssl. Under that name it therefore steps
+    # aside: it loads the real module, and the import system hands that one out. Nothing below defines more than
+    # functions, so nothing else happens under the borrowed name.
+    import importlib.machinery
+    import importlib.util
+    import sys
+    import sysconfig
+
+    _spec = importlib.machinery.PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")])
+    sys.modules["ssl"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["ssl"])
+else:
+    import argparse
+    import pathlib
+    import time
+
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    import data
+    import vit
+
+REPORT = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029}  # the coursework report's test accuracies
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def info_nce(z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE with both views as queries (Oord et al. 2018, equation 4; NT-Xent in SimCLR, equation 1).
+
+    z: [2B, E], rows i and B + i being two views of the same image -> loss [], share of views [] whose nearest
+    neighbour in the batch is the other view of their image. It is plain classification: among the 2B - 1 other views,
+    which is my partner? The score is the cosine, sharpened by the temperature.
+    """
+    z = F.normalize(z.float(), dim=1)  # float32: the softmax below is over hundreds of close scores
+    scores = z @ z.T / temperature  # [2B, 2B]
+    scores = scores.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # not with oneself
+    partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)  # [2B]
+    return F.cross_entropy(scores, partner), (scores.argmax(1) == partner).float().mean()
+
+
+def projector(dim: int, hidden: int = 512, out: int = 128) -> nn.Sequential:
+    """The small MLP between CLS and InfoNCE, thrown away afterwards: it may forget what the encoder should keep."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def infonce_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+    """Loss and metrics of one InfoNCE step on uint8 images [B, 3, S, S]."""
+    views = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
+    z = model.projector(model.encoder(views)[:, 0])  # [2B, E]
+    loss, accuracy = info_nce(z, args.temperature)
+    return {"loss": loss, "match": accuracy}
+
+
+def m_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+    """Loss and metrics of one Model M step on uint8 images [B, 3, S, S]: angle + pixels of the masked patches."""
+    images = data.crop_flip(images, generator)  # [B, 3, S, S]
+    augmented, masked, _, angle = data.patch_augment(images, generator)
+    logits, pixels, _ = model(augmented, masked)  # [B, 4], [B, M, 3*P*P]
+    target = data.take(data.patchify(images), masked).flatten(2)  # [B, M, 3*P*P]
+    rotation, reconstruction = F.cross_entropy(logits.float(), angle), F.mse_loss(pixels.float(), target)
+    accuracy = (logits.argmax(1) == angle).float().mean()
+    return {"loss": rotation + reconstruction, "angle": accuracy, "mse": reconstruction}
+
+
+def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+    """Loss and metrics of one supervised step on uint8 images [B, 3, S, S], labels [B]."""
+    images = data.crop_flip(images, generator)  # [B, 3, S, S]
+    images, other, share = data.cutmix(images, labels, generator, args.cutmix)
+    logits = model(images).float()  # [B, K]
+    loss = share * F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+    loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=args.smoothing)
+    return {"loss": loss, "train": (logits.argmax(1) == labels).float().mean()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train an encoder without labels; writes out/NAME.pt."""
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    images, _ = data.load(args.data, "train", machine.device, args.limit)
+    encoder = vit.load_encoder(args.init) if args.init else vit.ViT(patch_size=args.patch, dim=args.dim)
+    model = vit.ModelM(encoder)
+    if args.task == "infonce":
+        model.projector = projector(encoder.config["dim"])
+    model.to(machine.device)
+    task_step = {"infonce": infonce_step, "m": m_step}[args.task]
+
+    run = vit.Run(args, args.name or args.task, model, machine, len(images) // args.batch)
+    for _ in run.epochs():
+        for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
+            with machine.autocast():
+                metrics = task_step(model, images[index], args, run.generator)
+            metrics["loss"].backward()
+            run.step(**metrics)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or (without one) from scratch."""
+    name = args.name or ("finetune" if args.checkpoint else "finetune_scratch")
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    validation = data.load(args.data, "validation", machine.device, args.limit)
+    encoder = vit.load_encoder(args.checkpoint) if args.checkpoint else vit.ViT(patch_size=args.patch, dim=args.dim)
+    model = vit.Classifier(encoder).to(machine.device)
+
+    run = vit.Run(args, name, model, machine, len(images) // args.batch)
+    for _ in run.epochs():
+        for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
+            with machine.autocast():
+                metrics = finetune_step(model, images[index], labels[index], args, run.generator)
+            metrics["loss"].backward()
+            run.step(**metrics)
+        run.note(validation=accuracy(predict(model, validation[0], machine), validation[1]))
+
+    images, labels = data.load(args.data, args.split, machine.device, args.limit)
+    logits = predict(model, images, machine)
+    vit.write_npz(run.path.with_suffix(".npz"), guess=logits.argmax(dim=1), truth=labels)
+    vit.record(args, name, machine, data.describe(args.data), value=accuracy(logits, labels), report=REPORT.get(name),
+               validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)  # fmt: skip
+
+
+def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> torch.Tensor:
+    """Class logits [n, K], float32, of uint8 images [n, 3, S, S]."""
+    model.eval()
+    with torch.no_grad(), machine.autocast():
+        return torch.cat([model(x.float() / 255).float() for x in images.split(1000)])
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:
+    """What a frozen encoder says of uint8 images [n, 3, S, S]: its CLS token and the mean of its patch tokens, [n, D].
+
+    Without an encoder, the pixels themselves: [n, 3*S*S].
+    """
+    if encoder is None:
+        return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
+    encoder.eval()
+    cls, mean = [], []
+    for x in images.split(1000):
+        with torch.no_grad(), machine.autocast():
+            tokens = encoder(x.float() / 255).float()  # [b, 1 + N, D]
+        cls.append(tokens[:, 0])
+        mean.append(tokens[:, 1:].mean(dim=1))
+    return {"cls": torch.cat(cls), "mean": torch.cat(mean)}
+
+
+def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10) -> nn.Linear:
+    """Multinomial logistic regression of labels y [n] on features x [n, D], to its optimum.
+
+    The problem is convex, so L-BFGS on all images at once finds the one answer: no learning rate, no epochs to choose.
+    """
+    layer = nn.Linear(x.shape[1], classes, device=x.device)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return layer
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Fit a linear layer on frozen features: CLS, and beside it the mean patch token. Validation picks which counts.
+
+    Controls instead of a checkpoint: "untrained" (a random encoder) and "pixels" (no encoder at all).
+    """
+    name = args.name or f"{pathlib.Path(args.checkpoint).stem}_probe"
+    if vit.measured(args, name, args.checkpoint):
+        return
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0}
+    if args.checkpoint == "untrained":
+        encoder = vit.ViT(patch_size=args.patch, dim=args.dim).to(machine.device)
+    elif args.checkpoint != "pixels":
+        encoder = vit.load_encoder(args.checkpoint).to(machine.device)
+        trained = vit.read_checkpoint(args.checkpoint)
+
+    labels, read = {}, {}
+    for split in {"train", "validation", args.split}:
+        images, labels[split] = data.load(args.data, split, machine.device, args.limit)
+        read[split] = features(encoder, images, machine)
+    scores = {}  # feature -> (validation accuracy, final accuracy)
+    for feature, x in read["train"].items():
+        mean, spread = x.mean(dim=0), x.std(dim=0) + 1e-6  # [D]
+        for split in read:
+            read[split][feature].sub_(mean).div_(spread)  # standardised, so that one weight decay suits all dimensions
+        tried = []
+        for decay in (1e-4, 1e-3, 1e-2):
+            layer = fit_linear(x, labels["train"], decay)
+            tried.append([accuracy(layer(read[s][feature]), labels[s]) for s in ("validation", args.split)])
+        scores[feature] = max(tried)
+        print(f"{name}: {feature} features, validation {scores[feature][0]:.4f}", flush=True)
+    best = max(scores, key=scores.get)
+    vit.record(args, name, machine, data.describe(args.data), value=scores[best][1], features=best,
+               validation=scores[best][0], **{f: s[1] for f, s in scores.items()}, report=REPORT.get(name),
+               epochs=trained["epoch"], seconds=trained["seconds"] + time.perf_counter() - start,
+               weights=vit.fingerprint(args.checkpoint))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    common = vit.common_arguments()
+
+    p = stages.add_parser("pretrain", parents=[common, vit.training_arguments(epochs=20, batch=256)], help="learn without labels")
+    p.add_argument("--task", choices=["infonce", "m"], required=True, help="InfoNCE on two views, or Model M")
+    p.add_argument("--init", metavar="FILE", help="start from the encoder in this checkpoint instead of a random one")
+    p.add_argument("--temperature", type=float, default=0.2, help="of InfoNCE's softmax (default: %(default)s)")
+    p.set_defaults(run=pretrain)
+
+    p = stages.add_parser("probe", parents=[common], help="fit a linear layer on frozen features")
+    p.add_argument("--checkpoint", required=True, help="a checkpoint, or one of the controls: untrained, pixels")
+    p.set_defaults(run=probe)
+
+    p = stages.add_parser("finetune", parents=[common, vit.training_arguments(epochs=50, batch=128)], help="train on with labels")
+    p.add_argument("--checkpoint", metavar="FILE", help="start from this encoder (without: from scratch, the control)")
+    p.add_argument("--cutmix", type=float, default=0.5, help="share of batches mixed by CutMix (default: %(default)s)")
+    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    p.set_defaults(run=finetune)
+
+    vit.command(parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,509 @@
+"""A Vision Transformer for one small image, written out; and the plumbing that every training loop here shares.
+
+Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Classifier
+Part 2, the plumbing:                    machine and precision, files, checkpoints, Run (schedule, progress, resume)
+
+Depends on torch alone: copy this file and use `ViT` in your own code.
+
+    python vit.py                  # prints the network, layer by layer, and this machine's training speed
+
+Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm).
+Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes,
+P patch size in pixels, S image size in pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+
+import torch
+from torch import nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 1: the network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2).
+
+    Every token asks a question (query), offers a label (key) and carries a message (value). A token's output is the
+    average of all messages, weighted by how well their labels answer its question:
+
+        attention(Q, K, V) = softmax(Q K^T / sqrt(D / H)) V
+
+    H heads do this side by side, each in its own D / H dimensions, so that one token can look for H things at once.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # the three projections side by side: one big matmul is faster than three
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, T, D] -> the attended tokens [B, T, D] and the attention weights [B, H, T, T] (rows sum to one)."""
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # [B, T, 3, H, D/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
+        # without the scale the scores' variance grows with D/H, the softmax saturates and its gradient vanishes
+        scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # [B, H, T, T]
+        weights = scores.softmax(dim=-1)
+        out = (weights @ v).transpose(1, 2).reshape(B, T, D)  # [B, H, T, D/H] -> [B, T, H, D/H] -> [B, T, D]
+        return self.proj(out), weights
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: attention mixes tokens, then an MLP works on each token by itself.
+
+        x = x + attention(norm(x))
+        x = x + mlp(norm(x))
+
+    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged; this is
+    why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al. 2020).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+
+    def forward(self, x: torch.Tensor, trace: list | None = None) -> torch.Tensor:
+        """x: [B, T, D] -> [B, T, D].
+
+        `trace`, where given, is a list that receives one dict per block: the residual stream "before" the attention,
+        "attended" (after the attention's residual sum) and "after" the block, each [B, T, D], and the attention
+        "weights" [B, H, T, T]. It serves CKA and pictures; the computation is the same with and without it.
+        """
+        update, weights = self.attn(self.norm1(x))
+        attended = x + update
+        out = attended + self.mlp(self.norm2(attended))
+        if trace is not None:
+            trace.append({"before": x, "attended": attended, "after": out, "weights": weights})
+        return out
+
+
+class ViT(nn.Module):
+    """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a short sentence of patches.
+
+    The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token is put in
+    front, where it collects what describes the whole image; learned positions are added, since attention by itself
+    doesn't know where a token came from. The default (S 32, P 8) makes 16 patches, 17 tokens, 1.2 M parameters.
+    """
+
+    def __init__(self, image_size: int = 32, patch_size: int = 8, dim: int = 128, depth: int = 6, heads: int = 4):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
+        self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
+        patches = (image_size // patch_size) ** 2
+        # a convolution whose stride is its kernel size = the same linear map applied to every patch
+        self.patch_embedding = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + patches, dim))
+        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+        for p in (self.cls, self.positions):
+            nn.init.trunc_normal_(p, std=0.02)
+        self.apply(init_linear)
+
+    def forward(self, images: torch.Tensor, trace: list | None = None) -> torch.Tensor:
+        """images: [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
+        x = self.patch_embedding((images - 0.5) / 0.25)  # [B, D, S/P, S/P]; CIFAR-10's mean and spread, rounded
+        x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions  # [B, 1 + N, D]
+        for block in self.blocks:
+            x = block(x, trace)
+        return self.norm(x)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Small weights and no bias in every linear layer, ViT's usual start (for use with nn.Module.apply)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class ModelM(nn.Module):
+    """Model M: an encoder with two heads that need no labels.
+
+    Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head reads
+    the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
+    """
+
+    def __init__(self, encoder: ViT):
+        super().__init__()
+        dim, patch = encoder.config["dim"], encoder.config["patch_size"]
+        self.encoder = encoder
+        self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
+        self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
+
+    def forward(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images: [B, 3, S, S]; masked: [B, M] patch indices -> angle logits [B, 4], pixels [B, M, 3*P*P], CLS [B, D]."""
+        tokens = self.encoder(images)
+        cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
+        at = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
+        return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, at)), cls
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer on its CLS token."""
+
+    def __init__(self, encoder: ViT, classes: int = 10):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config["dim"], classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: [B, 3, S, S] -> class logits [B, K]."""
+        return self.head(self.encoder(images)[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 2: the plumbing. Nothing below is about transformers.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """Where the run computes, and in which precision; both chosen here, by measurement, and printed.
+
+    bfloat16 autocast is 2-3x faster on processors and GPUs that compute in it, and slower on those that only convert
+    to it and back, so a training step of a small block is timed in both.
+    """
+
+    def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            sys.exit(f"the device {device!r} can't be used on this machine ({str(error).splitlines()[0]}); try --device cpu")
+        self.device = torch.device(device)
+        torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
+        torch.manual_seed(seed)  # initial weights; everything drawn later comes from the run's own generator
+        why = "as asked"
+        if precision == "auto":
+            seconds = {p: self._block_seconds(p) for p in ("float32", "bfloat16")}
+            precision = min(seconds, key=seconds.get)
+            why = f"a step is {seconds['float32'] / seconds['bfloat16']:.1f}x as fast in bfloat16 as in float32"
+        self.precision, self.seed = precision, seed
+        kind = {"cuda": lambda: torch.cuda.get_device_name(), "mps": lambda: "Apple GPU"}.get(self.device.type, processor_name)()
+        self.name = f"{self.device.type} ({kind}, {torch.get_num_threads()} CPU threads)"
+        print(f"{self.name}, {self.precision}: {why}; torch {torch.__version__}, seed {seed}", flush=True)
+
+    def autocast(self):
+        """Context in which matmuls run in bfloat16 where that was chosen; weights and sums stay float32."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _block_seconds(self, precision: str) -> float:
+        """The best of several timed training steps of one block; infinite where this precision does not work."""
+        self.precision, best = precision, math.inf
+        state = torch.get_rng_state()  # the timing must not change what is drawn afterwards
+        block, x = Block(128, 4).to(self.device), torch.randn(128, 17, 128, device=self.device)
+        torch.set_rng_state(state)
+        for _ in range(12):
+            start = time.perf_counter()
+            try:
+                with self.autocast():
+                    loss = block(x).float().square().mean()
+                loss.backward()
+                loss.item()  # wait for the device
+            except RuntimeError:
+                return math.inf
+            best = min(best, time.perf_counter() - start)
+        return best
+
+
+def processor_name() -> str:
+    """The processor as Linux names it, else as Python does."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_file(path: pathlib.Path, content: bytes) -> None:
+    """Write all of `content` or nothing: readers see the old file until the new one is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        sys.exit(f"can't write {path}: {error.strerror}; free some space or choose another --out, then type the same command")
+
+
+def lock_folder(out: pathlib.Path) -> None:
+    """Refuse a second run in the folder `out`; the system gives the lock back however this process ends."""
+    import fcntl  # not on plain Windows; WSL has it
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock_folder.held = open(out / ".lock", "w")  # stays open, and so locked, until the process ends
+    try:
+        fcntl.flock(lock_folder.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
+
+
+def write_npz(path: pathlib.Path, **tensors: torch.Tensor) -> None:
+    """Keep the arrays that a figure needs beside the checkpoint."""
+    import numpy
+
+    buffer = io.BytesIO()
+    numpy.savez_compressed(buffer, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+    write_file(path, buffer.getvalue())
+
+
+def read_results(out: str | pathlib.Path) -> dict:
+    """The contents of out/results.json; empty rows where there is none yet."""
+    path = pathlib.Path(out) / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+
+def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, **row) -> None:
+    """Put one measured row into results.json: `value` (a fraction), what else the row says, and the command typed.
+
+    `about`: {"dataset", "provenance"}, from data.describe. A row measured on the validation split says so in its name.
+    """
+    from importlib.metadata import version
+
+    results, out = read_results(args.out), pathlib.Path(args.out)
+    packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
+    results |= about | {"profile": out.name.split("-")[-1], "seed": machine.seed, "device": machine.name}
+    results |= {"precision": machine.precision, "versions": {"python": platform.python_version()}}
+    for package in packages:
+        with contextlib.suppress(ImportError):
+            results["versions"][package] = version(package)
+    results["rows"][row_name(args, name)] = row | {"split": args.split, "command": shlex.join(["python", *sys.argv])}
+    write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
+
+
+def row_name(args: argparse.Namespace, name: str) -> str:
+    """A row's name in results.json."""
+    return name if args.split == "test" else f"{name}_{args.split}"
+
+
+def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
+    """True where results.json already has this row, from the same command and the same weights."""
+    row = read_results(args.out)["rows"].get(row_name(args, name), {})
+    known = row.get("weights") == fingerprint(*checkpoints) and row["command"] == shlex.join(["python", *sys.argv])
+    if known:
+        print(f"{row_name(args, name)}: {row['value']:.4f}, measured before", flush=True)
+    return known
+
+
+def fingerprint(*checkpoints: str) -> str:
+    """A short hash of the checkpoints' contents, to tell which weights a number came from ("" for no file)."""
+    files = [pathlib.Path(c) for c in checkpoints if pathlib.Path(c).is_file()]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12] if files else ""
+
+
+def read_checkpoint(path: str | pathlib.Path) -> dict:
+    """The contents of a checkpoint written by `Run`; one clear sentence where the file is not such a checkpoint.
+
+    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"there is no checkpoint {path}; `python ssl.py pretrain` makes one")
+    except Exception:  # torch.load raises many kinds of error on a file that isn't its own
+        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote")
+    if not isinstance(state, dict) or not {"config", "model", "epoch"} <= state.keys():
+        sys.exit(f"{path} is not a checkpoint of this project: it holds no encoder configuration")
+    return state
+
+
+def load_encoder(path: str | pathlib.Path) -> ViT:
+    """The encoder stored in a checkpoint of any stage (its weights are named encoder.*)."""
+    state = read_checkpoint(path)
+    encoder = ViT(**state["config"])
+    encoder.load_state_dict({k[8:]: v for k, v in state["model"].items() if k.startswith("encoder.")})
+    return encoder
+
+
+class Run:
+    """One training run that can be stopped at any moment and resumed by typing the same command.
+
+        run = Run(args, "finetune", model, machine, steps_per_epoch)
+        for epoch in run.epochs():                    # goes on after the last finished epoch
+            for index in run.steps(batches):          # draws the progress line
+                with machine.autocast():
+                    loss = ...
+                loss.backward()
+                run.step(loss=loss)                   # clip, learning rate, AdamW, metrics
+
+    After each epoch the weights, optimiser, random generator and metrics are saved to out/NAME.pt as one file, so a
+    resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights bit for bit.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str, model: nn.Module, machine: Machine, steps_per_epoch: int):
+        if steps_per_epoch < 1:
+            sys.exit(f"{name}: fewer images than one batch of {args.batch}; choose a smaller --batch")
+        self.path = pathlib.Path(args.out) / f"{name}.pt"
+        self.name, self.model, self.machine, self.steps_per_epoch = name, model, machine, steps_per_epoch
+        self.total, self.batch, self.lr, self.warmup = args.epochs, args.batch, args.lr, args.warmup
+        self.epoch, self.seconds, self.history = 0, 0.0, {}  # finished epochs, time spent, metric -> mean of each epoch
+        self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
+        # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
+        decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(("cls", "positions"))]
+        other = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(("cls", "positions"))]
+        groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": other, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
+        # what the command line asked for, less what does not change the weights
+        loose = ("fresh", "split", "run", "device", "precision", "out", "name")
+        self.settings = {k: v for k, v in vars(args).items() if k not in loose}
+        if self.path.exists() and not args.fresh:
+            self._resume()
+
+    @property
+    def finished(self) -> bool:
+        """True when all epochs are done; the loop then has nothing to do."""
+        return self.epoch >= self.total
+
+    def epochs(self):
+        """Yield the epochs still to do; save after each."""
+        start, already = time.perf_counter(), self.seconds
+        if self.finished:
+            print(f"{self.name}: finished before, taken from {self.path}", flush=True)
+        elif self.epoch:
+            print(f"{self.name}: going on after epoch {self.epoch} of {self.total}", flush=True)
+        for self.epoch in range(self.epoch, self.total):
+            self.metrics, self.done = {}, 0
+            self.model.train()
+            yield self.epoch
+            self.seconds = already + time.perf_counter() - start
+            for key, value in self._means().items():
+                self.history.setdefault(key, []).append(value)
+            self.epoch += 1
+            self._save()
+
+    def steps(self, batches):
+        """Yield the batches of one epoch, telling progress, metrics, speed and time left for the whole run."""
+        start = shown = time.perf_counter()
+        terminal = sys.stdout.isatty()
+        for batch in batches:
+            yield batch
+            now = time.perf_counter()
+            last = self.done == self.steps_per_epoch
+            if last or (terminal and now - shown > 1):  # reading the metrics makes a GPU wait, so only now and then
+                shown, rate = now, self.done / (now - start)
+                left = ((self.total - self.epoch) * self.steps_per_epoch - self.done) / rate
+                metrics = "  ".join(f"{key} {value:.3f}" for key, value in self._means().items())
+                line = f"{self.name} epoch {self.epoch + 1}/{self.total}  {metrics}  {rate * self.batch:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                print(f"\r{line:<110}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
+
+    def step(self, **metrics: torch.Tensor) -> None:
+        """After loss.backward(): clip, set this step's learning rate, take an AdamW step, note the metrics."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        at = self.epoch * self.steps_per_epoch + self.done
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * schedule(at, self.total * self.steps_per_epoch, int(self.warmup * self.steps_per_epoch))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.note(**metrics)
+        self.done += 1
+
+    def note(self, **metrics: torch.Tensor) -> None:
+        """Keep scalar tensors for this epoch's averages without waiting for the device."""
+        for key, value in metrics.items():
+            self.metrics.setdefault(key, []).append(torch.as_tensor(value).detach().float())
+
+    def _means(self) -> dict[str, float]:
+        values = {key: torch.stack(list_).cpu() for key, list_ in self.metrics.items()}
+        bad = (~torch.isfinite(values["loss"])).nonzero()
+        if len(bad):
+            sys.exit(f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
+                     f"{self.path} keeps the last good epoch; try a smaller --lr")  # fmt: skip
+        return {key: value.mean().item() for key, value in values.items()}
+
+    def _save(self) -> None:
+        buffer = io.BytesIO()
+        torch.save({"config": self.model.encoder.config, "model": self.model.state_dict(), "epoch": self.epoch,
+                    "optimizer": None if self.finished else self.optimizer.state_dict(), "settings": self.settings,
+                    "generator": self.generator.get_state(), "history": self.history, "seconds": self.seconds,
+                    "precision": self.machine.precision}, buffer)  # fmt: skip
+        write_file(self.path, buffer.getvalue())
+
+    def _resume(self) -> None:
+        state = read_checkpoint(self.path)
+        changed = [k for k, v in self.settings.items() if state.get("settings", {}).get(k) != v]
+        if changed:
+            sys.exit(f"{self.path} was made with another --{changed[0].replace('_', '-')}; "
+                     "add --fresh to start over, or choose another --out or --name")  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        self.generator.set_state(state["generator"])
+        self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
+        self.machine.precision = state["precision"]  # going on in another precision would be another run
+        if state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the full learning rate at `step`: linear warm-up, then half a cosine down to zero (SGDR, 2017)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def common_arguments() -> argparse.ArgumentParser:
+    """The options of every stage, to be used as a parent parser."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--data", default="data", help='folder with cifar-10-batches-bin, or the word "synthetic" (default: data)')
+    p.add_argument("--out", default="runs/mine", help="folder for checkpoints, results.json and figures (default: runs/mine)")
+    p.add_argument("--name", help="name of the checkpoint and of its row in results.json")
+    p.add_argument("--split", choices=["validation", "test"], default="validation", help="where the final accuracy is measured; "
+                   "choose with validation, look at test once (default: validation)")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
+    p.add_argument("--limit", type=int, default=0, help="use only the first so many images of each split (default: all)")
+    p.add_argument("--dim", type=int, default=128, help="width of a new encoder (default: 128)")
+    p.add_argument("--patch", type=int, default=8, help="patch size of a new encoder in pixels (default: 8)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
+    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster, by measurement")
+    return p
+
+
+def training_arguments(epochs: int, batch: int, lr: float = 1e-3) -> argparse.ArgumentParser:
+    """The options of every training stage, with this stage's defaults, to be used as a parent parser."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
+    p.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
+    p.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    return p
+
+
+def command(parser: argparse.ArgumentParser) -> None:
+    """Run the stage that the command line names; its parser has set `run` to the function."""
+    args = parser.parse_args()
+    try:
+        lock_folder(pathlib.Path(args.out))
+        args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        sys.exit(130)
