@@ -1,0 +1,489 @@
+"""What was learned: similarity maps, CKA, every figure and the results table.
+
+    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens, before/after fine-tuning
+    cka        how much does attention change CLS? linear CKA of the residual stream around each attention
+    figures    draw every picture from the files that the stages left (seconds, no training)
+    report     write the results table, with its pictures, to report.md
+
+Depends on vit.py and data.py: copy this file with those two. For CKA alone, the class StreamingCKA needs only torch.
+
+    python analysis.py maps --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
+    python analysis.py cka --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
+    python analysis.py figures --out runs/mine
+
+Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA of
+layers). Pillow draws everything: a picture here is an array with text on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import vit
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Similarity maps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def token_similarity(tokens: torch.Tensor) -> torch.Tensor:
+    """Cosine of every token with every other: [B, T, D] -> [B, T, T]. Row 0 without its first entry is CLS' map."""
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def focus(maps: torch.Tensor) -> dict[str, float]:
+    """How concentrated CLS-patch maps [n, N] are, averaged over images; a cosine map is no distribution, so it is
+    shifted to a minimum of 0 and scaled to a sum of 1, as the eye does with a colour scale.
+
+    entropy: of that distribution, as a share of its maximum log N (1: spread evenly, 0: all on one patch)
+    best_quarter: mass on the N/4 strongest patches (0.25: spread evenly)
+    peak: the largest cosine itself; spread: the cosines' standard deviation within an image
+    """
+    mass = maps - maps.min(dim=1, keepdim=True).values
+    mass = mass / mass.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    N = maps.shape[1]
+    entropy = torch.special.entr(mass).sum(dim=1) / np.log(N)
+    best = mass.topk(N // 4, dim=1).values.sum(dim=1)
+    found = {"entropy": entropy, "best_quarter": best, "peak": maps.max(dim=1).values, "spread": maps.std(dim=1)}
+    return {name: values.mean().item() for name, values in found.items()}
+
+
+def maps(args: argparse.Namespace) -> None:
+    """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for the figure."""
+    if vit.measured(args, "maps_after", args.before, args.after):
+        return
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    images, labels = data.load(args.data, args.split, machine.device, args.limit)
+    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # the first image of each class
+    arrays = {"images": images[shown], "labels": labels[shown]}
+    for when, path in (("before", args.before), ("after", args.after)):
+        encoder = vit.load_encoder(path).to(machine.device).eval()
+        with torch.no_grad():
+            similarity = torch.cat([token_similarity(encoder(x.float() / 255)) for x in images.split(1000)])  # [n, T, T]
+        arrays[when] = similarity[shown]
+        measured = focus(similarity[:, 0, 1:])
+        vit.record(args, f"maps_{when}", machine, data.describe(args.data), value=measured.pop("entropy"), **measured,
+                   weights=vit.fingerprint(args.before, args.after))  # fmt: skip
+    vit.write_npz(pathlib.Path(args.out) / "maps.npz", **arrays)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CKA
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class StreamingCKA:
+    """Linear CKA between all pairs of L representations of the same images, adding a batch at a time.
+
+    Linear CKA compares two representations X [n, D1] and Y [n, D2] by their similarity structure over images: it is
+    the cosine of the two (centred) Gram matrices X X^T and Y Y^T. In feature space no n x n matrix is needed:
+
+        CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
+
+    (Kornblith et al. 2019, equations 3-5). That estimate is biased upwards when n is not much larger than D: even
+    independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by Nguyen et al. 2021) remove
+    the bias by leaving each image's similarity with itself out of the Gram matrices. Their formula, too, is made of
+    sums over images, so both come from the same few D x D accumulators whatever n is.
+    """
+
+    def __init__(self):
+        self.n = 0
+
+    def add(self, *representations: torch.Tensor) -> None:
+        """One batch: L tensors [b, D_l], rows belonging to the same images. float64 inside, on the CPU."""
+        z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
+        if self.n == 0:
+            self.widths = [r.shape[1] for r in representations]
+            self.origin = z.mean(dim=0)  # CKA ignores a common shift, and sums of small numbers lose fewer digits
+            self.sums = [0.0] * 4
+        z = z - self.origin
+        a = torch.stack([part.square().sum(dim=1) for part in z.split(self.widths, dim=1)], dim=1)  # [b, L] self-similarities
+        self.n += len(z)
+        self.sums = [old + new for old, new in zip(self.sums, (z.sum(dim=0), z.T @ z, a.T @ z, a.T @ a))]
+
+    def result(self, debiased: bool = False) -> torch.Tensor:
+        """CKA of every pair: [L, L]; nan for a representation that is the same for all images.
+
+        Raises ValueError with fewer than four images, for which the debiased estimate is not defined.
+        """
+        if self.n < 4:
+            raise ValueError(f"CKA needs at least 4 images, not {self.n}")
+        n, L = self.n, len(self.widths)
+        s, zz, az, aa = self.sums  # [D], [D, D], [L, D], [L, L]
+        if not debiased:
+            zz = zz - torch.outer(s, s) / n  # the centred X^T Y of all pairs
+        zz = [row.split(self.widths, dim=1) for row in zz.split(self.widths)]  # L x L blocks, [D_i, D_j] each
+        hsic = _pairs(L, lambda i, j: zz[i][j].square().sum())  # [L, L]
+        if debiased:
+            s, az = s.split(self.widths), [row.split(self.widths) for row in az]
+            # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
+            total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L] 1^T K~ 1
+            rows = _pairs(L, lambda i, j: s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j])  # 1^T K~ L~ 1
+            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows  # hsic - aa: tr(K~ L~)
+        scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
+        scale = torch.where(scale > 1e-12 * scale.max(), scale, torch.nan)
+        return hsic / torch.outer(scale, scale)
+
+
+def _pairs(number: int, entry) -> torch.Tensor:
+    return torch.stack([torch.stack([entry(i, j) for j in range(number)]) for i in range(number)])
+
+
+def cka(args: argparse.Namespace) -> None:
+    """CKA of CLS across attention, before and after fine-tuning; the whole layer-by-layer matrix for the figure.
+
+    The report compares CLS before and after the last self-attention block, which can be read in two ways: across the
+    attention's residual sum (the row's value), or across the whole block with its MLP ("whole_block").
+    """
+    if vit.measured(args, "cka_after", args.before, args.after):
+        return
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    images, _ = data.load(args.data, args.split, machine.device, args.limit)
+    arrays = {}
+    for when, path, report in (("before", args.before, 0.8698), ("after", args.after, 0.7353)):
+        encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
+        for x in images.split(1000):
+            trace = []
+            with torch.no_grad():
+                encoder(x.float() / 255, trace)
+            stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
+            streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
+        for kind, matrix in (("biased", streaming.result()), ("debiased", streaming.result(debiased=True))):
+            arrays[f"{when}_{kind}"] = matrix  # [1 + 2 * depth, 1 + 2 * depth]
+        biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
+        vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=report,
+                   debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(),
+                   whole_block_debiased=debiased[-3, -1].item(),
+                   weights=vit.fingerprint(args.before, args.after))  # fmt: skip
+    vit.write_npz(pathlib.Path(args.out) / "cka.npz", **arrays)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing with Pillow: a page with a title, a caption and a footer that says where the pixels come from
+# ----------------------------------------------------------------------------------------------------------------------
+
+INK, GREY, PAPER = (30, 30, 36), (120, 120, 128), (255, 255, 255)
+LINES = [(31, 119, 180), (214, 96, 20), (44, 140, 60), (148, 80, 180), (200, 40, 60), (120, 110, 40), (60, 160, 170)]
+VIRIDIS = np.array([[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129],
+                    [92, 200, 99], [170, 220, 50], [253, 231, 37]])  # fmt: skip  (matplotlib's, every 1/8)
+
+
+class Page:
+    """A white page; everything is drawn at pixel coordinates, text in the font that Pillow brings."""
+
+    def __init__(self, width: int, height: int, title: str, caption: str, footer: str):
+        self.image = Image.new("RGB", (width, height + 118), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+        self.text(24, 16, title, size=24)
+        for k, line in enumerate(caption.split("\n")):
+            self.text(24, 48 + 19 * k, line, size=14, ink=GREY)
+        self.text(24, height + 92, footer, size=12, ink=GREY)
+        self.top = 58 + 19 * len(caption.split("\n"))
+
+    def text(self, x: float, y: float, text: str, size: int = 13, ink=INK, anchor: str = "la") -> None:
+        """`anchor` as in Pillow: la left-top, ma middle-top, mm middle-middle, rm right-middle."""
+        self.draw.text((x, y), text, fill=ink, font=ImageFont.load_default(size), anchor=anchor)
+
+    def paste(self, picture: np.ndarray, x: int, y: int, size: int, smooth: bool = False) -> None:
+        """An array [S, S, 3] of 0..255 as a square of `size` pixels."""
+        picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+        self.image.paste(picture.resize((size, size), Image.BICUBIC if smooth else Image.NEAREST), (int(x), int(y)))
+
+    def scale_bar(self, x: int, y: int, width: int, low: float, high: float, label: str) -> None:
+        """The legend of `colour`: a horizontal bar from low to high."""
+        self.image.paste(Image.fromarray(colour(np.linspace(0, 1, width)[None].repeat(12, 0)).astype(np.uint8)), (x, y))
+        self.text(x - 6, y + 6, f"{low:.2f}", 12, anchor="rm")
+        self.text(x + width + 6, y + 6, f"{high:.2f}   {label}", 12, anchor="lm")
+
+    def chart(self, box: tuple, lines: dict[str, list], title: str, percent: bool = False) -> None:
+        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height)."""
+        x0, y0, w, h = box
+        values = [v for line in lines.values() for v in line]
+        low, high = min(values), max(values)
+        high, low = high + 0.05 * (high - low + 1e-9), low - 0.05 * (high - low + 1e-9)
+        longest = max(map(len, lines.values()))
+        self.text(x0, y0 - 24, title, 15)
+        for k in range(5):
+            y = y0 + h - h * k / 4
+            self.draw.line([(x0, y), (x0 + w, y)], fill=(228, 228, 232))
+            v = low + (high - low) * k / 4
+            self.text(x0 - 6, y, f"{100 * v:.0f} %" if percent else f"{v:.2f}", 12, GREY, "rm")
+        for epoch in sorted({1, (longest + 1) // 2, longest}):
+            self.text(x0 + w * (epoch - 1) / max(1, longest - 1), y0 + h + 6, str(epoch), 12, GREY, "ma")
+        self.text(x0 + w / 2, y0 + h + 20, "epoch", 12, GREY, "ma")
+        for k, (name, line) in enumerate(lines.items()):
+            at = [(x0 + w * i / max(1, longest - 1), y0 + h - h * (v - low) / (high - low)) for i, v in enumerate(line)]
+            ink = LINES[k % len(LINES)]
+            self.draw.line(at, fill=ink, width=2)
+            self.draw.ellipse([at[-1][0] - 3, at[-1][1] - 3, at[-1][0] + 3, at[-1][1] + 3], fill=ink)
+            self.text(x0 + w + 14, y0 + 18 * k, name, 13, ink)
+
+    def heat_map(self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0, text=True) -> None:
+        """A square matrix in colour, row labels left, column labels below; the entries written into the cells."""
+        for i, row in enumerate(matrix):
+            for j, v in enumerate(row):
+                at = [x + j * cell, y + i * cell, x + (j + 1) * cell - 1, y + (i + 1) * cell - 1]
+                share = (v - low) / (high - low)
+                fill = (230, 230, 230) if np.isnan(v) else tuple(int(c) for c in colour(np.array(share)))
+                self.draw.rectangle(at, fill=fill)
+                if text and not np.isnan(v):
+                    entry = f"{v:.0f}" if high > 1 else f"{v:.2f}".replace("0.", ".")
+                    self.text(at[0] + cell / 2, at[1] + cell / 2, entry, 11, INK if share > 0.6 else PAPER, "mm")
+            self.text(x - 6, y + (i + 0.5) * cell, labels[i], 12, anchor="rm")
+            self.text(x + (i + 0.5) * cell, y + len(matrix) * cell + 6 + 13 * (i % 2), labels[i], 12, anchor="ma")
+
+
+def colour(x: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1], any shape, to viridis colours [..., 3] in 0..255."""
+    at = np.clip(np.nan_to_num(x), 0, 1) * (len(VIRIDIS) - 1)
+    low = np.minimum(at.astype(int), len(VIRIDIS) - 2)
+    return VIRIDIS[low] + (at - low)[..., None] * (VIRIDIS[low + 1] - VIRIDIS[low])
+
+
+def pixels(images: torch.Tensor | np.ndarray) -> np.ndarray:
+    """[..., 3, S, S], uint8 or floats in [0, 1] -> [..., S, S, 3] in 0..255 for Page.paste."""
+    images = np.asarray(images)
+    return np.moveaxis(images.astype(float) * (1 if images.dtype == np.uint8 else 255), -3, -1)
+
+
+def draw_patches(args: argparse.Namespace, footer: str) -> Page:
+    """The report's first figure: set A, and what becomes of its patches."""
+    images, _ = data.load(args.data, "validation", limit=4)
+    images = images.float() / 255
+    augmented, masked, rotated, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed))
+    page = Page(860, 740, "Patch augmentation", "An image is 16 patches of 8x8 pixels. Eight at random are set A: four are "
+                "blacked out, four turned by one angle\n(counter-clockwise). Model M names the angle and repaints the black "
+                "patches, so it needs no labels.", footer)  # fmt: skip
+    for i in range(len(images)):
+        y = page.top + 20 + 175 * i
+        for x, picture in ((24, images), (230, images), (436, augmented)):
+            page.paste(pixels(picture[i]), x, y, 160)
+        for indices, ink, x0 in ((masked[i], (255, 90, 60), 230), (rotated[i], (70, 210, 255), 230)):
+            for p in indices.tolist():
+                x, top = x0 + 40 * (p % 4), y + 40 * (p // 4)
+                page.draw.rectangle([x, top, x + 39, top + 39], outline=ink, width=3)
+                page.draw.rectangle([x, top, x + 21, top + 17], fill=ink)
+                page.text(x + 11, top + 9, str(p), 13, INK, "mm")
+        page.text(630, y + 20, f"masked   {masked[i].tolist()}", 15, (215, 70, 40))
+        page.text(630, y + 50, f"rotated  {rotated[i].tolist()}", 15, (20, 130, 180))
+        page.text(630, y + 80, f"by  {90 * angle[i].item()} degrees", 15, (20, 130, 180))
+    for x, name in ((24, "image"), (230, "set A, by patch index"), (436, "what Model M sees")):
+        page.text(x, page.top, name, 14)
+    return page
+
+
+def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
+    """What Model M answers: the black patches repainted, and the angle."""
+    state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
+    model = vit.ModelM(vit.ViT(**state["config"])).eval()
+    model.load_state_dict(state["model"])
+    images, _ = data.load(args.data, "validation", limit=8)
+    images = images.float() / 255
+    augmented, masked, _, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed))
+    with torch.no_grad():
+        logits, painted, _ = model(augmented, masked)
+    patches = data.patchify(augmented)  # [B, N, 3, P, P]
+    patches[torch.arange(len(images))[:, None], masked] = painted.view(*masked.shape, *patches.shape[2:])
+    page = Page(960, 440, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
+                "guess for the black patches (it minimises\nthe squared error, so it paints the average of what could be "
+                "there: blur). Bottom: the image. Below it the angle.", footer)  # fmt: skip
+    for i in range(len(images)):
+        for row, picture in enumerate((augmented, data.unpatchify(patches), images)):
+            page.paste(pixels(picture[i]), 24 + 116 * i, page.top + 116 * row, 110)
+        right = logits[i].argmax() == angle[i]
+        page.text(24 + 116 * i, page.top + 350, f"angle {90 * angle[i].item()}", 13)
+        page.text(24 + 116 * i, page.top + 367, f"M says {90 * logits[i].argmax().item()}", 13, LINES[2] if right else LINES[4])
+    return page
+
+
+def draw_maps(args: argparse.Namespace, footer: str) -> Page:
+    """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
+    stored, rows = np.load(pathlib.Path(args.out) / "maps.npz"), vit.read_results(args.out)["rows"]
+    names = data.class_names(args.data)
+    sides = {when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), 4, 4) for when in ("before", "after")}
+    low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
+    focus_text = {when: ", ".join(f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}" for k, v in
+                  (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))) for when in sides}  # fmt: skip
+    page = Page(980, 660, "Where is CLS' content? Cosine of the CLS token with each of the 16 patch tokens",
+                f"One row each for the image, the map before and after fine-tuning, the map laid over the image; same colours in all. Over the\n"
+                f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: {focus_text['after']}.", footer)  # fmt: skip
+    order = ["image", "before", "before,\nover it", "after", "after,\nover it"]
+    for r, label in enumerate(order):
+        page.text(14, page.top + 46 + 106 * r, label, 13)
+    for i, image in enumerate(pixels(stored["images"])):
+        x = 84 + 89 * i
+        page.text(x + 42, page.top - 4, names[stored["labels"][i]], 13, anchor="ma")
+        page.paste(image, x, page.top + 18, 84)
+        for r, when in ((1, "before"), (3, "after")):
+            small = Image.fromarray(((sides[when][i] - low) / (high - low)).astype(np.float32))
+            heat = colour(np.asarray(small.resize((32, 32), Image.BILINEAR)))  # the report's 4x4 -> 32x32
+            page.paste(heat, x, page.top + 18 + 106 * r, 84, smooth=True)
+            page.paste(0.45 * image.mean(axis=-1, keepdims=True) + 0.55 * heat, x, page.top + 18 + 106 * (r + 1), 84)
+    page.scale_bar(360, page.top + 560, 240, low, high, "cosine with CLS")
+    return page
+
+
+def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
+    """The whole token-by-token similarity matrix of three images."""
+    stored = np.load(pathlib.Path(args.out) / "maps.npz")
+    page = Page(960, 640, "Every token against every token", "Cosine between the 17 tokens, CLS first, then the patches row by row; "
+                "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines parallel to it join patches above each other.", footer)  # fmt: skip
+    low = min(stored[w].min() for w in ("before", "after"))
+    for r, when in enumerate(("before", "after")):
+        page.text(14, page.top + 130 + 270 * r, when, 14)
+        for i in range(3):
+            page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 270 * r, 255)
+    page.scale_bar(330, page.top + 540, 240, low, 1.0, "cosine")
+    return page
+
+
+def draw_cka(args: argparse.Namespace, footer: str) -> Page:
+    """Layer-by-layer CKA of CLS, before and after fine-tuning."""
+    stored, rows = np.load(pathlib.Path(args.out) / "cka.npz"), vit.read_results(args.out)["rows"]
+    depth = len(stored["before_biased"]) // 2
+    labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
+    texts = {w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} (debiased {rows[f'cka_{w}']['debiased']:.4f}), "
+                f"last block: {rows[f'cka_{w}']['whole_block']:.4f}" for w in ("before", "after")}  # fmt: skip
+    page = Page(1000, 590, "Linear CKA of the CLS token along the network", "The residual stream after each attention (a1, a2, ...) and each "
+                "MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common.\nGrey: CLS enters the first block the "
+                "same for every image, so there is nothing to compare. Cells next to the diagonal are single steps.", footer)  # fmt: skip
+    cell = 420 // len(labels)
+    for i, when in enumerate(("before", "after")):
+        x = 60 + 500 * i
+        page.text(x - 26, page.top + 4, texts[when], 13)
+        page.heat_map(stored[f"{when}_biased"], x, page.top + 30, cell, labels)
+    page.scale_bar(380, page.top + 520, 240, 0, 1, "CKA")
+    return page
+
+
+def draw_curves(args: argparse.Namespace, footer: str) -> Page:
+    """Every metric that the training stages noted, epoch by epoch."""
+    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
+    panels = {}
+    for name, history in histories.items():
+        for metric, line in history.items():
+            panels.setdefault(metric, {})[name] = line
+    page = Page(1080, 60 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Means over each epoch, on augmented training images; "
+                "'validation' on the held-out 5,000. What each metric is, its stage says.", footer)  # fmt: skip
+    for k, (metric, lines) in enumerate(panels.items()):
+        box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
+        page.chart(box, lines, metric, percent=metric not in ("loss", "mse"))
+    return page
+
+
+def draw_classes(args: argparse.Namespace, footer: str) -> Page:
+    """Confusion matrix and accuracy per class of the fine-tuned model."""
+    stored = np.load(pathlib.Path(args.out) / "finetune.npz")
+    names, K = data.class_names(args.data), 10
+    confusion = np.zeros((K, K))
+    np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
+    percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+    page = Page(980, 560, "Which classes does the fine-tuned model confuse?", f"Rows: the true class; columns: the model's answer, in percent "
+                f"of the row. {int(confusion.sum()):,} images. Right: accuracy per class.", footer)  # fmt: skip
+    page.heat_map(percent, 110, page.top + 10, 46, names, 0, 100)
+    for k, v in enumerate(percent.diagonal()):
+        y = page.top + 18 + 46 * k
+        page.draw.rectangle([660, y, 660 + 2 * v, y + 28], fill=LINES[0])
+        page.text(650, y + 14, names[k], 13, anchor="rm")
+        page.text(668 + 2 * v, y + 14, f"{v:.1f} %", 13, anchor="lm")
+    return page
+
+
+FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps": draw_maps, "tokens": draw_tokens,
+           "cka": draw_cka, "curves": draw_curves, "classes": draw_classes}  # fmt: skip
+
+
+def figures(args: argparse.Namespace) -> None:
+    """Draw every figure whose inputs are there into out/figures."""
+    out, about = pathlib.Path(args.out), data.describe(args.data)
+    footer = f"{about['provenance']}; run {out.name}, seed {args.seed}"
+    for name, draw in FIGURES.items():
+        try:
+            page = draw(args, footer)
+        except (FileNotFoundError, KeyError, SystemExit) as missing:
+            print(f"{name}: not drawn, its stage has not run yet ({missing})")
+            continue
+        buffer = io.BytesIO()
+        page.image.save(buffer, "PNG", optimize=True)
+        vit.write_file(out / "figures" / f"{name}.png", buffer.getvalue())
+        print(f"drew {out / 'figures' / name}.png", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+# row of results.json -> what it is, and the row that it has to beat to mean anything
+TABLE = {
+    "pixels_probe": ("linear probe of raw pixels", None),
+    "untrained_probe": ("linear probe of an untrained encoder", None),
+    "infonce_probe": ("linear probe after InfoNCE", "untrained_probe"),
+    "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
+    "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
+    "m_best_probe": ("linear probe, best Model M variant", "untrained_probe"),
+    "finetune_scratch": ("trained on labels from scratch", None),
+    "finetune": ("fine-tuned", "finetune_scratch"),
+    "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
+    "cka_after": ("the same, after fine-tuning", "cka_before"),
+    "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),
+    "maps_after": ("the same, after fine-tuning", "maps_before"),
+}
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write out/report.md from out/results.json, and print its table."""
+    results, out = vit.read_results(args.out), pathlib.Path(args.out)
+    rows = results["rows"]
+    if not rows:
+        raise SystemExit(f"{out} has no results.json yet; `bash run_all.sh` runs the stages that write it")
+
+    def number(name: str | None, key: str = "value") -> str:
+        value = rows.get(name, {}).get(key)
+        percent = name and not name.startswith(("cka", "maps"))
+        return "" if value is None else f"{100 * value:.2f} %" if percent else f"{value:.4f}"
+
+    table = [["", "report", "ours", "control", "epochs", "time", "command"]]
+    for name, (what, control) in TABLE.items():
+        if row := rows.get(name):
+            what += {"cls": " (CLS)", "mean": " (mean of patch tokens)"}.get(row.get("features"), "")
+            what += f" = {row['variant']}" if "variant" in row else ""
+            against = f"{number(control)} {control}" if control in rows else ""
+            time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
+            table.append([what, number(name, "report"), number(name), against, str(row.get("epochs", "")), time, f"`{row['command']}`"])
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    lines.insert(1, "|---|" + "---:|" * 5 + "---|")
+    stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    pictures = [f"### {name}\n\n![{name}](figures/{name}.png)\n" for name in FIGURES if (out / "figures" / f"{name}.png").exists()]
+    text = (f"# Results, profile {results['profile']}\n\n{stamp}Images: {results['provenance']}. Accuracies on the test split, one seed "
+            f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
+            "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
+            "is chosen on the validation split.\n\n" + "\n".join(pictures))  # fmt: skip
+    vit.write_file(out / "report.md", text.encode())
+    widths = [max(len(cells[c]) for cells in table) for c in range(6)]
+    for cells in table:
+        print("  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(cells[:6], widths))))
+    print(f"{stamp.strip().strip('*')}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}".lstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for function in (maps, cka, figures, report):
+        p = stages.add_parser(function.__name__, parents=[vit.common_arguments()], help=function.__doc__.split("\n")[0])
+        if function in (maps, cka):
+            p.add_argument("--before", required=True, help="checkpoint before fine-tuning")
+            p.add_argument("--after", required=True, help="checkpoint after fine-tuning")
+        p.set_defaults(run=function)
+    vit.command(parser)
+
+
+if __name__ == "__main__":
+    main()
