@@ -84,10 +84,12 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
     """Append what is missing of `url` to `path`; try again a few times, each time from where it broke."""
+    reason = ""
     for attempt in range(tries):
         have = path.stat().st_size if path.exists() else 0
         if have >= size:
             return
+        time.sleep(attempt)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=30) as response, open(path, "ab") as file:
@@ -101,11 +103,12 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
                     bar = "#" * (30 * done // size)
                     print(f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ", end="", flush=True)
             print()
+            reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", None) or error
-            if attempt == tries - 1:
-                sys.exit(f"can't download {url}: {reason}; go online and try again, or unpack the archive yourself so that {path.parent / FOLDER} exists")
-            time.sleep(0 if path.exists() and path.stat().st_size > have else attempt)
+            reason = getattr(error, "reason", error)
+    if path.exists() and path.stat().st_size >= size:
+        return
+    sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into {path.parent}")
 
 
 def find(data: str) -> pathlib.Path:
@@ -145,8 +148,9 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int =
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be train, validation or test, not {split!r}")
     if data == "synthetic":
-        number = {"train": 45_000, "validation": 5_000, "test": 10_000}[split]
-        images, labels = synthetic(min(limit or number, number), seed=number)
+        size, first = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
+        parts = [synthetic(min(limit or size, 5_000), seed=first + k) for k in range(math.ceil(min(limit or size, size) / 5_000))]
+        images, labels = (torch.cat(p) for p in zip(*parts))  # drawn 5,000 at a time to keep memory small
     elif split == "test":
         images, labels = read_batches(find(data), ["test_batch.bin"])
     else:
@@ -254,6 +258,10 @@ def resized_crop_flip(images: torch.Tensor, generator: torch.Generator | None = 
     return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
 
 
+TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # brightness, two colour axes
+FROM_YIQ = torch.linalg.inv(TO_YIQ)
+
+
 def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0) -> torch.Tensor:
     """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then greyscale.
 
@@ -261,19 +269,16 @@ def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None
     they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation scales them.
     80 % of the images are distorted, 20 % made grey.
     """
-    change = (uniform(images, 0, 1, generator) < 0.8).float()
+    change = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2
     s = 0.4 * strength
-    brightness = 1 + change * uniform(images, -s, s, generator)
-    contrast = 1 + change * uniform(images, -s, s, generator)
-    saturation = torch.where(grey, 0.0, 1 + change * uniform(images, -s, s, generator))
+    brightness, contrast, saturation = (1 + change * uniform(images, -s, s, generator) for _ in range(3))
+    saturation = torch.where(grey, 0.0, saturation)
     hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    to_yiq = to_yiq.to(images.device)
-    zero = torch.zeros_like(hue)
-    cos, sin = saturation * hue.cos(), saturation * hue.sin()
+    zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
     turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq * brightness[:, None, None]  # [B, 3, 3] in RGB
+    turn = turn * brightness[:, None, None]
+    matrix = FROM_YIQ.to(images.device) @ turn @ TO_YIQ.to(images.device)  # [B, 3, 3] in RGB
     images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)

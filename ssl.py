@@ -108,7 +108,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Train an encoder without labels; writes out/NAME.pt."""
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, _ = data.load(args.data, "train", machine.device, args.limit)
-    encoder = vit.load_encoder(args.init) if args.init else vit.ViT(patch_size=args.patch, dim=args.dim)
+    encoder = vit.make_encoder(args, args.init)
     model = vit.ModelM(encoder)
     if args.task == "infonce":
         model.projector = projector(encoder.config["dim"])
@@ -130,7 +130,7 @@ def finetune(args: argparse.Namespace) -> None:
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation = data.load(args.data, "validation", machine.device, args.limit)
-    encoder = vit.load_encoder(args.checkpoint) if args.checkpoint else vit.ViT(patch_size=args.patch, dim=args.dim)
+    encoder = vit.make_encoder(args, args.checkpoint)
     model = vit.Classifier(encoder).to(machine.device)
 
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
@@ -207,11 +207,10 @@ def probe(args: argparse.Namespace) -> None:
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
     start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0}
-    if args.checkpoint == "untrained":
-        encoder = vit.ViT(patch_size=args.patch, dim=args.dim).to(machine.device)
-    elif args.checkpoint != "pixels":
-        encoder = vit.load_encoder(args.checkpoint).to(machine.device)
-        trained = vit.read_checkpoint(args.checkpoint)
+    if args.checkpoint != "pixels":
+        checkpoint = None if args.checkpoint == "untrained" else args.checkpoint
+        encoder = vit.make_encoder(args, checkpoint).to(machine.device)
+        trained = vit.read_checkpoint(checkpoint) if checkpoint else trained
 
     labels, read = {}, {}
     for split in {"train", "validation", args.split}:

@@ -5,7 +5,7 @@ Part 2, the plumbing:                    machine and precision, files, checkpoin
 
 Depends on torch alone: copy this file and use `ViT` in your own code.
 
-    python vit.py                  # prints the network, layer by layer, and this machine's training speed
+    python vit.py                  # prints the network, layer by layer
 
 Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm).
 Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes,
@@ -332,7 +332,7 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
         sys.exit(f"there is no checkpoint {path}; `python ssl.py pretrain` makes one")
     except Exception:  # torch.load raises many kinds of error on a file that isn't its own
         sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote")
-    if not isinstance(state, dict) or not {"config", "model", "epoch"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
         sys.exit(f"{path} is not a checkpoint of this project: it holds no encoder configuration")
     return state
 
@@ -343,6 +343,16 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
     encoder = ViT(**state["config"])
     encoder.load_state_dict({k[8:]: v for k, v in state["model"].items() if k.startswith("encoder.")})
     return encoder
+
+
+def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
+    """The encoder in `checkpoint`; without one, a new random encoder of --dim and --patch."""
+    if checkpoint:
+        return load_encoder(checkpoint)
+    try:
+        return ViT(patch_size=args.patch, dim=args.dim)
+    except ValueError as error:
+        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
 
 
 class Run:
@@ -445,12 +455,14 @@ class Run:
         torch.save({"config": self.model.encoder.config, "model": self.model.state_dict(), "epoch": self.epoch,
                     "optimizer": None if self.finished else self.optimizer.state_dict(), "settings": self.settings,
                     "generator": self.generator.get_state(), "history": self.history, "seconds": self.seconds,
-                    "precision": self.machine.precision}, buffer)  # fmt: skip
+                    "device": self.machine.device.type, "precision": self.machine.precision}, buffer)  # fmt: skip
         write_file(self.path, buffer.getvalue())
 
     def _resume(self) -> None:
         state = read_checkpoint(self.path)
-        changed = [k for k, v in self.settings.items() if state.get("settings", {}).get(k) != v]
+        changed = [k for k, v in self.settings.items() if state["settings"].get(k) != v]
+        if state["optimizer"] and state["device"] != self.machine.device.type:
+            changed.append("device")  # its random generator can't go on elsewhere
         if changed:
             sys.exit(f"{self.path} was made with another --{changed[0].replace('_', '-')}; "
                      "add --fresh to start over, or choose another --out or --name")  # fmt: skip
@@ -507,3 +519,16 @@ def command(parser: argparse.ArgumentParser) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[common_arguments()]).parse_args()
+    Machine(args.device, args.precision, args.seed)
+    encoder = make_encoder(args, None)
+    for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
+        print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
+    print(encoder)
+
+
+if __name__ == "__main__":
+    main()

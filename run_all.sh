@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The whole experiment, top to bottom. Every line that starts with "stage" is a command you can type yourself.
+#
+#   bash run_all.sh [quick|laptop|full] [--data DIR] [--fresh]     default: full with a CUDA GPU, else laptop
+#   bash run_all.sh test                                           the tests (about three minutes)
+#
+# quick: a few thousand images, to see that everything works (3 minutes on two cores)
+# laptop: all images, few epochs          full: the report's epochs
+#
+# A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again.
+set -euo pipefail
+
+fail() { echo "run_all.sh: $*" >&2; exit 2; }
+usage="usage: bash run_all.sh [quick|laptop|full|test] [--data DIR] [--fresh]"
+
+profile="" data="" fresh=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    quick|laptop|full|test) profile=$1 ;;
+    --data) [ $# -ge 2 ] || fail "--data needs a folder; $usage"
+            shift; [ "$1" = synthetic ] && data=synthetic || data=$(cd "$1" 2>/dev/null && pwd) || fail "there is no folder $1" ;;
+    --fresh) fresh=yes ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) fail "don't know '$1'; $usage" ;;
+  esac
+  shift
+done
+cd "$(dirname "$0")"
+
+# ---------------------------------------------------------------- set-up: an environment that has the requirements
+# Says whether the Python named first has every package of requirements.txt in an allowed version.
+satisfied() {
+  "$1" - 2>/dev/null <<'PY'
+import re, sys
+from importlib.metadata import version
+if sys.version_info < (3, 10): sys.exit(1)
+for line in open("requirements.txt"):
+    name, least = line.split("#")[0].strip().split(">=")
+    number = lambda text: [int(n) for n in re.findall(r"\d+", text)[:2]] + [0] * (2 - len(re.findall(r"\d+", text)[:2]))
+    if number(version(name)) < number(least): sys.exit(1)
+PY
+}
+
+if { [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python3 -c 'import google.colab' 2>/dev/null; } && satisfied python; then
+  :  # an active environment, or Colab, that has everything
+else
+  [ -x .venv/bin/python ] || { echo "== set-up: making .venv"; python3 -m venv .venv || fail "python3 -m venv does not work here; install Python 3.10 or newer (Debian: apt install python3-venv)"; }
+  satisfied .venv/bin/python || { echo "== set-up: installing requirements.txt into .venv (once; several GB)"; .venv/bin/python -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"; }
+  export PATH="$PWD/.venv/bin:$PATH"
+fi
+
+if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
+
+# ---------------------------------------------------------------- the profile, the data
+[ -n "$profile" ] || { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop; }
+case "$profile" in  #  epochs of InfoNCE, of Model M, of M continued, of fine-tuning
+  quick)  infonce=2   m=2   more=1   tune=2  ;;
+  laptop) infonce=5   m=6   more=3   tune=8  ;;
+  full)   infonce=20  m=20  more=20  tune=50 ;;
+esac
+
+stage() {  # stage "heading" command: prints both, runs the command
+  printf '\n== %s\n$' "$1"; shift; printf ' %q' "$@"; printf '\n'
+  "$@"
+}
+
+where=${data:-data}
+if [ "$where" != synthetic ] && ! stage "the images" python data.py --data "$where"; then
+  [ ! -e "$where/cifar-10-batches-bin" ] || exit 1  # damaged files are the user's to look at
+  where=synthetic
+fi
+[ "$where" = synthetic ] && dataset=synthetic || dataset=cifar10
+warn() { [ "$dataset" != synthetic ] || printf '\n**** NO CIFAR-10: THIS RUN USES SYNTHETIC SHAPES. ITS NUMBERS ARE NOT CIFAR-10 NUMBERS. ****\n'; }
+warn
+
+out=runs/$dataset-$profile
+mkdir -p "$out"
+exec 9>"$out/.run_all.lock"  # held until this script and all it started have ended, however they end
+python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || fail "another run_all.sh is working in $out; wait for it or stop it"
+[ -z "$fresh" ] || rm -rf "$out"/*
+common=(--out "$out" --split test)
+[ "$where" = data ] || common+=(--data "$where")
+[ "$profile" != quick ] || common+=(--limit 3000)
+
+# ---------------------------------------------------------------- stage 1: learning from images without labels
+stage "control: a linear layer on raw pixels"          python ssl.py probe --checkpoint pixels "${common[@]}"
+stage "control: a linear probe of an untrained ViT"    python ssl.py probe --checkpoint untrained "${common[@]}"
+stage "InfoNCE: two views of one image look alike"     python ssl.py pretrain --task infonce --epochs $infonce "${common[@]}"
+stage "linear probe of the InfoNCE encoder"            python ssl.py probe --checkpoint "$out/infonce.pt" "${common[@]}"
+stage "Model M: name the angle, repaint the patches"   python ssl.py pretrain --task m --epochs $m "${common[@]}"
+stage "linear probe of Model M's encoder"              python ssl.py probe --checkpoint "$out/m.pt" "${common[@]}"
+stage "Model M continued from the InfoNCE encoder"     python ssl.py pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $more "${common[@]}"
+stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_infonce.pt" "${common[@]}"
+stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_infonce.pt" --epochs $tune "${common[@]}"
+stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune "${common[@]}"
+
+# ---------------------------------------------------------------- what was learned
+pair=(--before "$out/m_infonce.pt" --after "$out/finetune.pt")
+stage "CLS-patch similarity, before and after"         python analysis.py maps "${pair[@]}" "${common[@]}"
+stage "CKA across attention, before and after"         python analysis.py cka "${pair[@]}" "${common[@]}"
+stage "pictures"                                       python analysis.py figures "${common[@]}"
+stage "results"                                        python analysis.py report "${common[@]}"
+warn

@@ -1,0 +1,252 @@
+"""Data on disk, augmentation and samplers against brute force."""
+
+import collections
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+
+import data
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return data.synthetic(64)[0]
+
+
+# -------------------------------------------------------------------------------------------------- patches
+
+
+def test_patchify_cuts_row_by_row_and_unpatchify_undoes_it(batch):
+    patches = data.patchify(batch, 8)
+    assert patches.shape == (64, 16, 3, 8, 8)
+    assert torch.equal(patches[5, 6], batch[5, :, 8:16, 16:24])  # patch 6: second row, third column
+    assert torch.equal(data.unpatchify(patches), batch)
+
+
+def test_patch_augment_does_to_each_patch_what_its_indices_say(batch):
+    images = batch.float() / 255
+    before = images.clone()
+    augmented, masked, rotated, angle = data.patch_augment(images, torch.Generator().manual_seed(3))
+    assert torch.equal(images, before), "the input was changed"
+    assert set(angle.tolist()) == {0, 1, 2, 3}
+    for i in range(len(images)):
+        assert len({*masked[i].tolist(), *rotated[i].tolist()}) == 8  # disjoint, four each
+        for p in range(16):
+            y, x = p // 4 * 8, p % 4 * 8
+            expected = images[i, :, y : y + 8, x : x + 8].numpy()
+            if p in masked[i]:
+                expected = np.zeros_like(expected)
+            elif p in rotated[i]:
+                expected = np.rot90(expected, int(angle[i]), axes=(1, 2))
+            np.testing.assert_array_equal(augmented[i, :, y : y + 8, x : x + 8].numpy(), expected)
+
+
+def test_patch_counts_and_sizes_are_parameters(batch):
+    _, masked, rotated, _ = data.patch_augment(batch, patch=4, masked=10, rotated=1)
+    assert masked.shape == (64, 10) and rotated.shape == (64, 1) and masked.max() > 16
+    with pytest.raises(ValueError, match="more than the 16"):
+        data.patch_augment(batch, masked=9, rotated=8)
+    with pytest.raises(ValueError, match="whole number"):
+        data.patchify(batch, 5)
+
+
+# -------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_crop_flip_is_reflection_padding_then_a_crop_then_a_mirror(batch):
+    for seed in range(5):
+        out = data.crop_flip(batch, torch.Generator().manual_seed(seed))
+        for i in range(8):
+            padded = np.pad(batch[i].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect") / np.float32(255)
+            crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+            assert any(np.array_equal(out[i], c) or np.array_equal(out[i], c[:, :, ::-1]) for c in crops)
+
+
+def test_resized_crop_of_the_whole_image_is_the_image_or_its_mirror(batch, monkeypatch):
+    monkeypatch.setattr(data.math, "log", lambda _: 0.0)  # aspect ratio 1
+    out = data.resized_crop_flip(batch, torch.Generator().manual_seed(0), scale=(1.0, 1.0))
+    same = (out - batch / 255).abs().amax((1, 2, 3)) < 1e-3
+    mirrored = (out - batch.flip(3) / 255).abs().amax((1, 2, 3)) < 1e-3
+    assert (same | mirrored).all() and same.any() and mirrored.any()
+
+
+def test_resized_crop_stays_inside_the_image():
+    ramp = (torch.arange(32) * 8).to(torch.uint8).expand(64, 3, 32, 32)  # values grow from left to right
+    out = data.resized_crop_flip(ramp, torch.Generator().manual_seed(0))
+    steps = out.diff(dim=3).mean((1, 2, 3)).abs() * 255 / 8  # input pixels per output pixel = width share of the crop
+    assert steps.min() > 0.35 and steps.max() <= 1.001  # sqrt(0.2 * 3/4) = 0.39
+
+
+def test_colour_jitter_without_strength_changes_only_the_grey_ones(batch):
+    images = batch.float() / 255
+    out = data.colour_jitter(images, torch.Generator().manual_seed(0), strength=0)
+    grey = (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand_as(images)
+    unchanged = (out - images).abs().amax((1, 2, 3)) < 1e-3
+    greyed = (out - grey).abs().amax((1, 2, 3)) < 2e-3
+    assert (unchanged | greyed).all() and 4 <= greyed.sum() <= 24  # about 20 % of 64
+
+
+def test_cutmix_share_is_the_share_of_pixels_that_stayed(batch):
+    images, labels = torch.zeros(64, 3, 32, 32), torch.arange(64)
+    images += labels[:, None, None, None]  # every pixel holds its image's number
+    for seed in range(8):
+        mixed, other, share = data.cutmix(images, labels, torch.Generator().manual_seed(seed))
+        kept = mixed == images
+        moved = other != labels
+        torch.testing.assert_close(kept[moved].float().mean((1, 2, 3)), share.expand(int(moved.sum())))
+        assert (kept | (mixed == other[:, None, None, None])).all()
+    mixed, _, share = data.cutmix(images, labels, torch.Generator().manual_seed(0), probability=0.0)
+    assert share == 1 and torch.equal(mixed, images)
+
+
+def test_augmentation_repeats_with_its_generator(batch):
+    for function in (data.crop_flip, data.contrastive_view):
+        a, b = (function(batch, torch.Generator().manual_seed(7)) for _ in range(2))
+        assert torch.equal(a, b) and a.min() >= 0 and a.max() <= 1
+
+
+# -------------------------------------------------------------------------------------------------- samplers
+
+
+def test_same_class_batches():
+    labels = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0))
+    sampler = data.SameClassBatchSampler(labels, 16, seed=5)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        batches = list(torch.utils.data.DataLoader(torch.arange(200), batch_sampler=sampler))
+        assert len(batches) == len(sampler) == sum(n // 16 for n in labels.bincount().tolist())
+        assert all(len(b) == 16 and len(labels[b].unique()) == 1 for b in batches)
+        assert {labels[b[0]].item() for b in batches} == {0, 1, 2}
+        used = collections.Counter(torch.cat(batches).tolist())
+        assert max(used.values()) == 1
+        epochs.append(torch.cat(batches))
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_class_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="only 3 images"):
+        data.SameClassBatchSampler(torch.tensor([0] * 20 + [1] * 3), 16)
+
+
+def test_shuffled_batches_cover_all_but_a_rest():
+    batches = list(data.shuffled_batches(10, 3, torch.Generator().manual_seed(0)))
+    assert [len(b) for b in batches] == [3, 3, 3] and len(set(torch.cat(batches).tolist())) == 9
+
+
+# -------------------------------------------------------------------------------------------------- data on disk
+
+
+@pytest.fixture(scope="module")
+def archive():
+    """A small stand-in for the official archive: right names and sizes, label = record number mod 10."""
+    record = np.zeros((10_000, data.RECORD), dtype=np.uint8)
+    record[:, 0] = np.arange(10_000) % 10
+    record[:, 1:] = (np.arange(10_000) % 251)[:, None]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
+        for name in [*data.FILES, "../outside.txt", "readme.html"]:
+            info = tarfile.TarInfo(f"{data.FOLDER}/{name}")
+            content = record.tobytes() if name in data.FILES else b"no"
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server():
+    """An HTTP server on this machine; set `.content`, and `.breaks` for the number of answers to cut in half."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            body = self.server.content[start:]
+            self.server.starts.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.server.breaks -= 1
+            self.wfile.write(body if self.server.breaks < 0 else body[: len(body) // 2])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.content, server.breaks, server.starts = b"", 0, []
+        server.url = f"http://127.0.0.1:{server.server_port}/c.tar.gz"
+        yield server
+        server.shutdown()
+
+
+def fetch(folder, server, content=None, sha256=None):
+    server.content = server.content if content is None else content
+    data.fetch(folder, server.url, len(server.content), sha256 or hashlib.sha256(server.content).hexdigest())
+
+
+def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(tmp_path, archive, server, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    server.breaks = 2
+    fetch(tmp_path / "d", server, archive)
+    assert server.starts[0] == 0 and 0 < server.starts[1] < server.starts[2]
+    assert sorted(p.name for p in (tmp_path / "d" / data.FOLDER).iterdir()) == sorted([*data.FILES, "provenance.txt"])
+    assert [p.name for p in tmp_path.iterdir()] == ["d"] and [p.name for p in (tmp_path / "d").iterdir()] == [data.FOLDER]
+    assert "SHA-256 checked" in data.describe(str(tmp_path / "d"))["provenance"]
+
+    train, validation, test = (data.load(str(tmp_path / "d"), s) for s in ("train", "validation", "test"))
+    assert [len(s[1]) for s in (train, validation, test)] == [45_000, 5_000, 10_000]
+    assert test[1].tolist() == [i % 10 for i in range(10_000)] and (test[0][7] == 7).all()
+    again = data.load(str(tmp_path / "d"), "validation")
+    assert torch.equal(again[0], validation[0])  # always the same ones are held out
+
+
+@pytest.mark.parametrize("content, sha256, message", [(None, "0" * 64, "SHA-256"), (b"x" * 1000, None, "not the CIFAR-10 binary")])
+def test_after_a_wrong_file_the_next_fetch_starts_afresh(tmp_path, archive, server, content, sha256, message):
+    with pytest.raises(SystemExit, match=message):
+        fetch(tmp_path, server, content or archive, sha256)
+    assert list(tmp_path.iterdir()) == []
+    fetch(tmp_path, server, archive)
+    assert (tmp_path / data.FOLDER).exists()
+
+
+def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(tmp_path, archive, server, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    server.breaks = 4
+    with pytest.raises(SystemExit, match="can't download .* the connection broke"):
+        fetch(tmp_path, server, archive)
+    fetch(tmp_path, server, archive)
+    assert server.starts[-1] > len(archive) // 2 and (tmp_path / data.FOLDER).exists()
+
+
+@pytest.mark.parametrize("damage, message", [("missing", "has no test_batch"), ("short", "bytes instead of"), ("label", "holds the label 77")])
+def test_damaged_files_get_one_sentence(tmp_path, damage, message):
+    (tmp_path / data.FOLDER).mkdir()
+    content = bytearray(10_000 * data.RECORD)
+    if damage == "label":
+        content[data.RECORD] = 77
+    if damage != "missing":
+        (tmp_path / data.FOLDER / "test_batch.bin").write_bytes(content[: -1 if damage == "short" else None])
+    with pytest.raises(SystemExit, match=message):
+        data.load(str(tmp_path), "test")
+
+
+def test_an_empty_data_folder_gets_one_sentence(tmp_path):
+    text = run("ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1)
+    assert "fetches CIFAR-10" in text
+
+
+def test_synthetic_is_repeatable_balanced_and_too_hard_for_a_linear_layer_on_pixels(stage1):
+    images, labels = data.load("synthetic", "train", limit=5_000)
+    assert torch.equal(images, data.load("synthetic", "train", limit=5_000)[0])
+    assert labels.bincount().tolist() == [500] * 10
+    test, truth = data.load("synthetic", "test", limit=2_000)
+    assert not torch.equal(test[:10], images[:10])
+    layer = stage1.fit_linear(images.flatten(1) / 255, labels, decay=1e-3)
+    assert stage1.accuracy(layer(test.flatten(1) / 255), truth) < 0.60

@@ -1,0 +1,188 @@
+"""Stage 1: the name that hides Python's ssl, the losses, the probe, the commands."""
+
+import argparse
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run
+
+import data
+import vit
+
+# -------------------------------------------------------------------------------------------------- the ssl.py trap
+
+TLS = "import torch, ssl, urllib.request; ssl.create_default_context(); print(ssl.__file__)"
+
+
+def test_import_ssl_from_the_project_folder_is_pythons_own():
+    assert str(ROOT) not in run("-c", TLS).splitlines()[-1]
+
+
+def test_a_folder_with_a_copied_ssl_py_still_has_https_and_transformers(tmp_path):
+    shutil.copy(ROOT / "ssl.py", tmp_path)
+    (tmp_path / "script.py").write_text(
+        "import urllib.request, transformers\n"
+        "try: urllib.request.urlopen('https://127.0.0.1:9/', timeout=5)\n"
+        "except urllib.error.URLError as e: print('refused' if 'refused' in str(e).lower() else e)\n"
+        "import ssl, http.client; print(ssl.SSLContext, http.client.HTTPSConnection)\n"
+    )
+    text = run("script.py", cwd=tmp_path)
+    assert "refused" in text and "SSLContext" in text
+
+
+@pytest.mark.parametrize("command", [["-m", "pytest", "--version"], ["-c", "import data, vit, analysis"], ["ssl.py", "--help"],
+                                     ["ssl.py", "pretrain", "--help"], ["analysis.py", "cka", "--help"]])  # fmt: skip
+def test_every_way_in_works_from_the_project_folder(command):
+    run(*command)
+
+
+def test_files_work_when_copied_alone_with_those_they_name(tmp_path):
+    folder = tmp_path / "my course work"
+    folder.mkdir()
+    shutil.copy(ROOT / "vit.py", folder)
+    assert "parameters" in run("vit.py", cwd=folder)
+    (folder / "vit.py").unlink()
+    shutil.copy(ROOT / "data.py", folder)
+    run("data.py", "--sheet", "sheet.png", cwd=folder)
+    for name in ("vit.py", "ssl.py"):
+        shutil.copy(ROOT / name, folder)
+    run("ssl.py", "pretrain", "--task", "infonce", "--data", "synthetic", "--limit", 64, "--batch", 32, "--epochs", 1, cwd=folder)
+    assert (folder / "runs/mine/infonce.pt").exists()
+
+
+# -------------------------------------------------------------------------------------------------- the losses
+
+
+def test_info_nce_equals_its_definition_in_numpy(stage1):
+    z = torch.randn(8, 5)
+    loss, match = stage1.info_nce(z, temperature=0.3)
+    unit = z.numpy().astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    terms, hits = [], []
+    for i in range(8):
+        partner = (i + 4) % 8
+        others = [k for k in range(8) if k != i]
+        scores = {k: np.exp(unit[i] @ unit[k] / 0.3) for k in others}
+        terms.append(-np.log(scores[partner] / sum(scores.values())))
+        hits.append(max(scores, key=scores.get) == partner)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5) and match.item() == pytest.approx(np.mean(hits))
+
+
+def small(stage1, **more):
+    model = vit.ModelM(vit.ViT(dim=32, depth=2))
+    model.projector = stage1.projector(32)
+    return model, argparse.Namespace(temperature=0.2, cutmix=0.5, smoothing=0.1, contrast=0.5, **more)
+
+
+@pytest.mark.parametrize("task", ["infonce", "m", "finetune"])
+def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(stage1, task):
+    """On torch's meta device a tensor has no values: reading one (a synchronisation on a GPU), or mixing in a tensor
+    that stayed on the CPU, raises."""
+    model, args = small(stage1)
+    images, labels = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(16, dtype=torch.long, device="meta")
+    if task == "finetune":
+        model = vit.Classifier(model.encoder).to("meta")
+        metrics = stage1.finetune_step(model, images, labels, args)
+    else:
+        metrics = {"infonce": stage1.infonce_step, "m": stage1.m_step}[task](model.to("meta"), images, args)
+    metrics["loss"].backward()
+    assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
+    assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", ["infonce", "m", "finetune"])
+def test_every_stage_lowers_its_loss(stage1, task):
+    model, args = small(stage1)
+    images, labels = data.synthetic(64)
+    if task == "finetune":
+        model = vit.Classifier(model.encoder)
+    optimizer, g, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        if task == "finetune":
+            loss = stage1.finetune_step(model, images, labels, args, g)["loss"]
+        else:
+            loss = {"infonce": stage1.infonce_step, "m": stage1.m_step}[task](model, images, args, g)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
+
+
+# -------------------------------------------------------------------------------------------------- the probe
+
+
+def test_fit_linear_reaches_the_optimum_where_the_gradient_vanishes(stage1):
+    x, y = torch.randn(200, 6), torch.randint(3, (200,))
+    layer = stage1.fit_linear(x, y, decay=1e-2, classes=3)
+    (F.cross_entropy(layer(x), y) + 1e-2 * layer.weight.square().sum()).backward()
+    assert layer.weight.grad.abs().max() < 1e-4 and layer.bias.grad.abs().max() < 1e-4
+
+
+def test_features_are_cls_and_the_mean_of_the_patch_tokens(stage1):
+    machine, encoder = vit.Machine("cpu", "float32"), vit.ViT(dim=16, depth=1).eval()
+    images = data.synthetic(5)[0]
+    found = stage1.features(encoder, images, machine)
+    with torch.no_grad():
+        tokens = encoder(images / 255)
+    torch.testing.assert_close(found["cls"], tokens[:, 0])
+    torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
+
+
+# -------------------------------------------------------------------------------------------------- the commands
+
+TINY = ["--data", "synthetic", "--limit", 256, "--device", "cpu", "--precision", "float32", "--split", "test"]
+FAST = ["--epochs", 1, "--batch", 64]
+
+
+def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
+    out = ["--out", tmp_path, *TINY]
+    run("ssl.py", "pretrain", "--task", "infonce", "--dim", 32, *FAST, *out)
+    run("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", "--name", "m", *FAST, *out)
+    for checkpoint in ("pixels", "untrained", tmp_path / "m.pt"):
+        run("ssl.py", "probe", "--checkpoint", checkpoint, *out)
+    run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+    pair = ["--before", tmp_path / "m.pt", "--after", tmp_path / "finetune.pt"]
+    run("analysis.py", "maps", *pair, *out)
+    run("analysis.py", "cka", *pair, *out)
+    drawn = run("analysis.py", "figures", *out)
+    assert drawn.count("drew") == 7 and "not drawn" not in drawn, drawn
+    text = run("analysis.py", "report", *out)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"pixels_probe", "untrained_probe", "m_probe", "finetune", "cka_before", "cka_after", "maps_after"} <= results["rows"].keys()
+    assert results["dataset"] == "synthetic" and "SYNTHETIC" in results["provenance"] and "SYNTHETIC" in text
+    for row in results["rows"].values():
+        assert 0 <= row["value"] <= 1 and row["command"].startswith("python ")
+    report = (tmp_path / "report.md").read_text()
+    assert f"{100 * results['rows']['m_probe']['value']:.2f} %" in report and "SYNTHETIC" in report
+    assert "measured before" in run("ssl.py", "probe", "--checkpoint", "pixels", *out)
+    assert "finished before" in run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+
+
+def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_path):
+    run("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
+    assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["pixels_probe_validation"]
+
+
+@pytest.mark.parametrize("command, code, message", [
+    (["ssl.py"], 2, "required"),
+    (["ssl.py", "pretrain", "--task", "moco"], 2, "invalid choice"),
+    (["ssl.py", "probe", "--checkpoint", "nowhere.pt"], 1, "there is no checkpoint nowhere.pt"),
+    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10], 1, "smaller --batch"),
+    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5], 1, "5-pixel patches"),
+    (["analysis.py", "report"], 1, "no results.json yet"),
+])  # fmt: skip
+def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
+    assert message in run(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
+
+
+def test_interrupting_says_how_to_go_on(tmp_path):
+    body = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import vit, argparse, pathlib\n"
+            "def stage(args): raise KeyboardInterrupt\n"
+            "p = argparse.ArgumentParser(); p.set_defaults(run=stage, out='.'); sys.argv = ['x']; vit.command(p)")  # fmt: skip
+    assert "same command goes on" in run("-c", body, cwd=tmp_path, code=130)

@@ -1,0 +1,208 @@
+"""The network against two independent implementations, and the promises of the plumbing."""
+
+import argparse
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch import nn
+
+import vit
+
+
+def test_attention_equals_torch_multihead_attention():
+    ours, theirs = vit.Attention(24, heads=3), nn.MultiheadAttention(24, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias.normal_())
+        theirs.out_proj.weight.copy_(ours.proj.weight)
+        theirs.out_proj.bias.copy_(ours.proj.bias.normal_())
+    x = torch.randn(2, 5, 24)
+    out, weights = ours(x)
+    expected, expected_weights = theirs(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def test_vit_equals_transformers_vit_with_our_weights():
+    from transformers import ViTConfig, ViTModel
+
+    ours = vit.ViT(image_size=16, patch_size=4, dim=24, depth=3, heads=3).eval()
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.3)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=16,
+                       patch_size=4, layer_norm_eps=1e-5)  # fmt: skip
+    theirs = ViTModel(config, add_pooling_layer=False).eval()
+    state = {"embeddings.cls_token": ours.cls, "embeddings.position_embeddings": ours.positions}
+    for side in ("weight", "bias"):
+        state[f"embeddings.patch_embeddings.projection.{side}"] = getattr(ours.patch_embedding, side)
+        state[f"layernorm.{side}"] = getattr(ours.norm, side)
+    modern = any(name.startswith("layers.") for name in theirs.state_dict())  # transformers 5 renamed its layers
+    for k, block in enumerate(ours.blocks):
+        for side in ("weight", "bias"):
+            q, key, v = getattr(block.attn.qkv, side).chunk(3)
+            parts = [block.norm1, block.attn.proj, block.norm2, block.mlp[0], block.mlp[2]]
+            values = [q, key, v] + [getattr(p, side) for p in parts]
+            old = ["attention.attention.query", "attention.attention.key", "attention.attention.value", "layernorm_before",
+                   "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"]  # fmt: skip
+            new = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "layernorm_before", "attention.o_proj",
+                   "layernorm_after", "mlp.fc1", "mlp.fc2"]  # fmt: skip
+            prefix = f"layers.{k}." if modern else f"encoder.layer.{k}."
+            state |= {f"{prefix}{name}.{side}": value for name, value in zip(new if modern else old, values)}
+    theirs.load_state_dict(state)  # strict: every weight of theirs comes from ours
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = theirs(pixel_values=(images - 0.5) / 0.25).last_hidden_state
+        torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trace_changes_nothing_and_joins_up():
+    encoder, images, trace = vit.ViT(dim=32, depth=3).eval(), torch.rand(2, 3, 32, 32), []
+    torch.testing.assert_close(encoder(images, trace), encoder(images), rtol=0, atol=0)
+    assert len(trace) == 3
+    for this, following in zip(trace, trace[1:]):
+        assert this["after"] is following["before"]
+    torch.testing.assert_close(trace[0]["weights"].sum(-1), torch.ones(2, 4, 17))
+
+
+def test_without_positions_a_block_does_not_know_the_order_of_its_tokens():
+    block, x, order = vit.Block(32, 4), torch.randn(2, 7, 32), torch.randperm(7)
+    torch.testing.assert_close(block(x[:, order]), block(x)[:, order])
+
+
+def test_model_m_paints_the_masked_patches_from_their_own_tokens():
+    model, images = vit.ModelM(vit.ViT(dim=32, depth=1)).eval(), torch.rand(2, 3, 32, 32)
+    masked = torch.tensor([[3, 0], [15, 7]])
+    _, pixels, cls = model(images, masked)
+    tokens = model.encoder(images)
+    torch.testing.assert_close(pixels[1, 0], model.reconstruction_head(tokens[1, 1 + 15]))
+    torch.testing.assert_close(cls, tokens[:, 0])
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="heads"):
+        vit.Attention(10, 3)
+    with pytest.raises(ValueError, match="patches"):
+        vit.ViT(image_size=30)
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    rates = [vit.schedule(t, 100, 10) for t in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+# -------------------------------------------------------------------------------------------------- the plumbing
+
+
+def arguments(out, **changed):
+    defaults = dict(out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False)
+    return argparse.Namespace(**defaults | changed)
+
+
+def tiny_run(out, **changed):
+    machine = vit.Machine("cpu", "float32", seed=1)
+    return vit.Run(arguments(out, **changed), "tiny", vit.Classifier(vit.ViT(dim=16, depth=1)), machine, 3)
+
+
+def test_decay_touches_matrices_only(tmp_path):
+    run = tiny_run(tmp_path)
+    names = {id(p): n for n, p in run.model.named_parameters()}
+    decayed = {names[id(p)] for p in run.optimizer.param_groups[0]["params"]}
+    assert {n for n in names.values() if n.endswith("weight") and "norm" not in n} == decayed
+    assert run.optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def train(run, poison=None):
+    for epoch in run.epochs():
+        for k in run.steps(range(3)):
+            images = torch.rand(8, 3, 32, 32, generator=run.generator)
+            loss = run.model(images).square().mean()
+            if (epoch, k) == poison:
+                loss = loss * float("nan")
+            loss.backward()
+            run.step(loss=loss)
+
+
+def test_a_loss_that_is_not_finite_names_stage_and_step_and_keeps_the_last_good_epoch(tmp_path):
+    with pytest.raises(SystemExit, match="tiny: the loss is not finite at epoch 2, step 3"):
+        train(tiny_run(tmp_path), poison=(1, 2))
+    state = vit.read_checkpoint(tmp_path / "tiny.pt")
+    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_other_settings_do_not_resume_silently(tmp_path):
+    train(tiny_run(tmp_path))
+    with pytest.raises(SystemExit, match="--lr.*--fresh"):
+        tiny_run(tmp_path, lr=1.0)
+    assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
+
+
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    def stage(out, code=0, killer=""):
+        body = (f"import sys, os, importlib.util; sys.path.insert(0, {str(ROOT)!r}); import torch, vit\n{killer}\n"
+                f"sys.argv = 'ssl.py pretrain --task m --data synthetic --limit 128 --batch 32 --dim 32 --epochs 3 --device cpu --out {out}'.split()\n"
+                f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), {{'__name__': '__main__'}})")  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    kill_in_second_epoch = ("old = vit.Run.step\ndef step(self, **m):\n    old(self, **m)\n"
+                            "    if (self.epoch, self.done) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.step = step")  # fmt: skip
+    stage("whole")
+    stage("killed", code=-signal.SIGKILL, killer=kill_in_second_epoch)
+    assert vit.read_checkpoint(tmp_path / "killed/m.pt")["epoch"] == 1
+    assert "going on after epoch 1 of 3" in stage("killed")
+    assert "finished before" in stage("killed")
+    whole, killed = (vit.read_checkpoint(tmp_path / d / "m.pt") for d in ("whole", "killed"))
+    assert whole["history"] == killed["history"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, killed["model"][name]), name
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    vit.write_file(tmp_path / "f", b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        vit.write_file(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old" and list(tmp_path.iterdir()) == [tmp_path / "f"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    vit.lock_folder(tmp_path)
+    assert "another run is working in" in run("analysis.py", "report", "--out", tmp_path, code=1)
+
+
+@pytest.mark.parametrize("content, message", [(None, "no checkpoint"), (b"not a checkpoint", "can't be read"), ("foreign", "not a checkpoint of this project")])
+def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, message):
+    path = tmp_path / "c.pt"
+    if content == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        vit.read_checkpoint(path)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"config": Evil(), "model": {}, "epoch": 1}, tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="can't be read"):
+        vit.read_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
+    assert "can't be used on this machine" in run("ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1)
