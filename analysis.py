@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import pathlib
 
 import numpy as np
@@ -290,7 +291,8 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
     with torch.no_grad():
         logits, painted, _ = model(augmented, masked)
     patches = data.patchify(augmented)  # [B, N, 3, P, P]
-    patches[torch.arange(len(images))[:, None], masked] = painted.view(*masked.shape, *patches.shape[2:])
+    painted = painted.view(*masked.shape, *patches.shape[2:]) * 0.25 + 0.5  # vit.standardise undone
+    patches[torch.arange(len(images))[:, None], masked] = painted
     page = Page(960, 440, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
                 "guess for the black patches (it minimises\nthe squared error, so it paints the average of what could be "
                 "there: blur). Bottom: the image. Below it the angle.", footer)  # fmt: skip
@@ -427,7 +429,8 @@ TABLE = {
     "infonce_probe": ("linear probe after InfoNCE", "untrained_probe"),
     "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
-    "m_best_probe": ("linear probe, best Model M variant", "untrained_probe"),
+    "m_joint_probe": ("linear probe after Model M with InfoNCE beside it, continued from InfoNCE", "infonce_probe"),
+    "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
     "finetune_scratch": ("trained on labels from scratch", None),
     "finetune": ("fine-tuned", "finetune_scratch"),
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
@@ -443,6 +446,12 @@ def report(args: argparse.Namespace) -> None:
     rows = results["rows"]
     if not rows:
         raise SystemExit(f"{out} has no results.json yet; `bash run_all.sh` runs the stages that write it")
+
+    variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
+    if variants:
+        best = max(variants, key=lambda name: rows[name]["validation"])
+        rows["m_best_probe"] = rows[best] | {"variant": best}
+        vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
         value = rows.get(name, {}).get(key)

@@ -53,10 +53,10 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 
 # ---------------------------------------------------------------- the profile, the data
 [ -n "$profile" ] || { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop; }
-case "$profile" in  #  epochs of InfoNCE, of Model M, of M continued, of fine-tuning
-  quick)  infonce=2   m=2   more=1   tune=2  ;;
-  laptop) infonce=5   m=6   more=3   tune=8  ;;
-  full)   infonce=20  m=20  more=20  tune=50 ;;
+case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning
+  quick)  infonce=2;  m=2;  more=1;  joint=1;  tune=2;  cutmix=0 ;;
+  laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  cutmix=0 ;;  # CutMix pays in long training only
+  full)   infonce=20; m=20; more=20; joint=20; tune=50; cutmix=0.5 ;;
 esac
 
 stage() {  # stage "heading" command: prints both, runs the command
@@ -91,11 +91,15 @@ stage "Model M: name the angle, repaint the patches"   python ssl.py pretrain --
 stage "linear probe of Model M's encoder"              python ssl.py probe --checkpoint "$out/m.pt" "${common[@]}"
 stage "Model M continued from the InfoNCE encoder"     python ssl.py pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $more "${common[@]}"
 stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_infonce.pt" "${common[@]}"
-stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_infonce.pt" --epochs $tune "${common[@]}"
-stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune "${common[@]}"
+stage "Model M continued with InfoNCE beside it"       python ssl.py pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $joint "${common[@]}"
+stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_joint.pt" "${common[@]}"
+stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix "${common[@]}"
+if [ "$profile" != laptop ]; then  # costs as much again
+stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune --cutmix $cutmix "${common[@]}"
+fi
 
 # ---------------------------------------------------------------- what was learned
-pair=(--before "$out/m_infonce.pt" --after "$out/finetune.pt")
+pair=(--before "$out/m_joint.pt" --after "$out/finetune.pt")
 stage "CLS-patch similarity, before and after"         python analysis.py maps "${pair[@]}" "${common[@]}"
 stage "CKA across attention, before and after"         python analysis.py cka "${pair[@]}" "${common[@]}"
 stage "pictures"                                       python analysis.py figures "${common[@]}"

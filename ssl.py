@@ -74,19 +74,31 @@ def infonce_step(model: nn.Module, images: torch.Tensor, args, generator=None) -
     """Loss and metrics of one InfoNCE step on uint8 images [B, 3, S, S]."""
     views = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     z = model.projector(model.encoder(views)[:, 0])  # [2B, E]
-    loss, accuracy = info_nce(z, args.temperature)
-    return {"loss": loss, "match": accuracy}
+    loss, match = info_nce(z, args.temperature)
+    return {"loss": loss, "match": match}
 
 
 def m_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
-    """Loss and metrics of one Model M step on uint8 images [B, 3, S, S]: angle + pixels of the masked patches."""
-    images = data.crop_flip(images, generator)  # [B, 3, S, S]
-    augmented, masked, _, angle = data.patch_augment(images, generator)
-    logits, pixels, _ = model(augmented, masked)  # [B, 4], [B, M, 3*P*P]
-    target = data.take(data.patchify(images), masked).flatten(2)  # [B, M, 3*P*P]
-    rotation, reconstruction = F.cross_entropy(logits.float(), angle), F.mse_loss(pixels.float(), target)
-    accuracy = (logits.argmax(1) == angle).float().mean()
-    return {"loss": rotation + reconstruction, "angle": accuracy, "mse": reconstruction}
+    """Loss and metrics of one Model M step on uint8 images [B, 3, S, S].
+
+        loss = cross-entropy of the angle + mean squared error of the masked patches (+ contrast * InfoNCE)
+
+    The squared error is of standardised pixels: in units of [0, 1] it would be 16 times smaller and the rotation alone
+    would train the encoder. With --contrast the images are two SimCLR views each, and CLS has to match them as well.
+    """
+    if args.contrast:
+        images = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
+    else:
+        images = data.crop_flip(images, generator)  # [B, 3, S, S]
+    augmented, masked, _, angle = data.patch_augment(images, generator, model.encoder.config["patch_size"])
+    logits, pixels, cls = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, D]
+    hidden = data.take(data.patchify(images, model.encoder.config["patch_size"]), masked).flatten(2)  # [B, M, 3*P*P]
+    rotation, mse = F.cross_entropy(logits.float(), angle), F.mse_loss(pixels.float(), vit.standardise(hidden))
+    metrics = {"loss": rotation + mse, "angle": (logits.argmax(1) == angle).float().mean(), "mse": mse}
+    if args.contrast:
+        loss, metrics["match"] = info_nce(model.projector(cls), args.temperature)
+        metrics["loss"] = metrics["loss"] + args.contrast * loss
+    return metrics
 
 
 def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
@@ -110,7 +122,7 @@ def pretrain(args: argparse.Namespace) -> None:
     images, _ = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args, args.init)
     model = vit.ModelM(encoder)
-    if args.task == "infonce":
+    if args.task == "infonce" or args.contrast:
         model.projector = projector(encoder.config["dim"])
     model.to(machine.device)
     task_step = {"infonce": infonce_step, "m": m_step}[args.task]
@@ -239,17 +251,18 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     common = vit.common_arguments()
 
-    p = stages.add_parser("pretrain", parents=[common, vit.training_arguments(epochs=20, batch=256)], help="learn without labels")
+    p = stages.add_parser("pretrain", parents=[common, vit.training_arguments(epochs=20, lr=5e-4)], help="learn without labels")
     p.add_argument("--task", choices=["infonce", "m"], required=True, help="InfoNCE on two views, or Model M")
     p.add_argument("--init", metavar="FILE", help="start from the encoder in this checkpoint instead of a random one")
-    p.add_argument("--temperature", type=float, default=0.2, help="of InfoNCE's softmax (default: %(default)s)")
+    p.add_argument("--contrast", type=float, default=0.0, help="weight of InfoNCE beside Model M's two losses (default: none)")
+    p.add_argument("--temperature", type=float, default=0.1, help="of InfoNCE's softmax (default: %(default)s)")
     p.set_defaults(run=pretrain)
 
     p = stages.add_parser("probe", parents=[common], help="fit a linear layer on frozen features")
     p.add_argument("--checkpoint", required=True, help="a checkpoint, or one of the controls: untrained, pixels")
     p.set_defaults(run=probe)
 
-    p = stages.add_parser("finetune", parents=[common, vit.training_arguments(epochs=50, batch=128)], help="train on with labels")
+    p = stages.add_parser("finetune", parents=[common, vit.training_arguments(epochs=50, lr=1e-3)], help="train on with labels")
     p.add_argument("--checkpoint", metavar="FILE", help="start from this encoder (without: from scratch, the control)")
     p.add_argument("--cutmix", type=float, default=0.5, help="share of batches mixed by CutMix (default: %(default)s)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
