@@ -293,7 +293,7 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
     patches = data.patchify(augmented)  # [B, N, 3, P, P]
     painted = painted.view(*masked.shape, *patches.shape[2:]) * 0.25 + 0.5  # vit.standardise undone
     patches[torch.arange(len(images))[:, None], masked] = painted
-    page = Page(960, 440, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
+    page = Page(960, 410, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
                 "guess for the black patches (it minimises\nthe squared error, so it paints the average of what could be "
                 "there: blur). Bottom: the image. Below it the angle.", footer)  # fmt: skip
     for i in range(len(images)):
@@ -313,7 +313,7 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
     low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
     focus_text = {when: ", ".join(f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}" for k, v in
                   (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))) for when in sides}  # fmt: skip
-    page = Page(980, 660, "Where is CLS' content? Cosine of the CLS token with each of the 16 patch tokens",
+    page = Page(980, 600, "Where is CLS' content? Cosine of the CLS token with each of the 16 patch tokens",
                 f"One row each for the image, the map before and after fine-tuning, the map laid over the image; same colours in all. Over the\n"
                 f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: {focus_text['after']}.", footer)  # fmt: skip
     order = ["image", "before", "before,\nover it", "after", "after,\nover it"]
@@ -335,14 +335,15 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
 def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
     """The whole token-by-token similarity matrix of three images."""
     stored = np.load(pathlib.Path(args.out) / "maps.npz")
-    page = Page(960, 640, "Every token against every token", "Cosine between the 17 tokens, CLS first, then the patches row by row; "
+    page = Page(960, 615, "Every token against every token", "Cosine between the 17 tokens, CLS first, then the patches row by row; "
                 "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines parallel to it join patches above each other.", footer)  # fmt: skip
-    low = min(stored[w].min() for w in ("before", "after"))
+    low, names = min(stored[w].min() for w in ("before", "after")), data.class_names(args.data)
     for r, when in enumerate(("before", "after")):
         page.text(14, page.top + 130 + 270 * r, when, 14)
         for i in range(3):
-            page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 270 * r, 255)
-    page.scale_bar(330, page.top + 540, 240, low, 1.0, "cosine")
+            page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255)
+            page.text(80 + 290 * i + 127, page.top, names[stored["labels"][i]], 14, anchor="ma")
+    page.scale_bar(330, page.top + 565, 240, low, 1.0, "cosine")
     return page
 
 
@@ -353,7 +354,7 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
     labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
     texts = {w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} (debiased {rows[f'cka_{w}']['debiased']:.4f}), "
                 f"last block: {rows[f'cka_{w}']['whole_block']:.4f}" for w in ("before", "after")}  # fmt: skip
-    page = Page(1000, 590, "Linear CKA of the CLS token along the network", "The residual stream after each attention (a1, a2, ...) and each "
+    page = Page(1000, 545, "Linear CKA of the CLS token along the network", "The residual stream after each attention (a1, a2, ...) and each "
                 "MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common.\nGrey: CLS enters the first block the "
                 "same for every image, so there is nothing to compare. Cells next to the diagonal are single steps.", footer)  # fmt: skip
     cell = 420 // len(labels)
@@ -372,8 +373,9 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     for name, history in histories.items():
         for metric, line in history.items():
             panels.setdefault(metric, {})[name] = line
-    page = Page(1080, 60 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Means over each epoch, on augmented training images; "
-                "'validation' on the held-out 5,000. What each metric is, its stage says.", footer)  # fmt: skip
+    page = Page(1080, 10 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
+                "the other view of their image; angle: right\nrotation; mse: squared error of the masked patches, in standardised pixels; "
+                "train, validation: right class (validation: held-out images).", footer)  # fmt: skip
     for k, (metric, lines) in enumerate(panels.items()):
         box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
         page.chart(box, lines, metric, percent=metric not in ("loss", "mse"))
@@ -387,7 +389,7 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
     confusion = np.zeros((K, K))
     np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
     percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    page = Page(980, 560, "Which classes does the fine-tuned model confuse?", f"Rows: the true class; columns: the model's answer, in percent "
+    page = Page(980, 515, "Which classes does the fine-tuned model confuse?", f"Rows: the true class; columns: the model's answer, in percent "
                 f"of the row. {int(confusion.sum()):,} images. Right: accuracy per class.", footer)  # fmt: skip
     page.heat_map(percent, 110, page.top + 10, 46, names, 0, 100)
     for k, v in enumerate(percent.diagonal()):

@@ -1,13 +1,18 @@
 """The shell script's own promises; that it runs to its end is what `.ci/run` shows with the quick profile."""
 
+import fcntl
+import os
+import pathlib
+import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 
-def bash(*words, code, **more):
-    done = subprocess.run(["bash", str(ROOT / "run_all.sh"), *words], capture_output=True, text=True, **more)
+def bash(*words, code, folder=ROOT, **more):
+    done = subprocess.run(["bash", str(folder / "run_all.sh"), *words], capture_output=True, text=True, **more)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -22,3 +27,19 @@ def test_help_and_mistakes(tmp_path):
 @pytest.mark.parametrize("construct", ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"])
 def test_nothing_that_macos_bash_3_lacks(construct):
     assert construct not in (ROOT / "run_all.sh").read_text()
+
+
+def test_without_network_it_turns_to_synthetic_images_loudly_and_a_second_run_is_refused(tmp_path):
+    """From another directory, in a folder with spaces in its name, with an active environment, behind a dead proxy."""
+    folder = tmp_path / "my course work"
+    folder.mkdir()
+    for name in ("run_all.sh", "requirements.txt", "vit.py", "data.py", "ssl.py", "analysis.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "runs/synthetic-quick").mkdir(parents=True)
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": path, "https_proxy": "http://127.0.0.1:9"}
+    with open(folder / "runs/synthetic-quick/.run_all.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what a first run holds
+        text = bash("quick", code=2, folder=folder, cwd="/", env=env)
+    assert "can't download" in text and "THIS RUN USES SYNTHETIC SHAPES" in text and "another run_all.sh" in text
+    assert not (folder / ".venv").exists() and sorted(p.name for p in (folder / "data").iterdir()) == []
