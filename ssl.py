@@ -35,7 +35,6 @@ else:
     import pathlib
     import time
 
-    import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -58,7 +57,7 @@ def info_nce(z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.T
     neighbour in the batch is the other view of their image. It is plain classification: among the 2B - 1 other views,
     which is my partner? The score is the cosine, sharpened by the temperature.
     """
-    z = F.normalize(z.float(), dim=1)  # float32: the softmax below is over hundreds of close scores
+    z = F.normalize(z.float(), dim=1)  # length one, so that products are cosines
     scores = z @ z.T / temperature  # [2B, 2B]
     scores = scores.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # not with oneself
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)  # [2B]
@@ -83,8 +82,8 @@ def m_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict
 
         loss = cross-entropy of the angle + mean squared error of the masked patches (+ contrast * InfoNCE)
 
-    The squared error is of standardised pixels: in units of [0, 1] it would be 16 times smaller and the rotation alone
-    would train the encoder. With --contrast the images are two SimCLR views each, and CLS has to match them as well.
+    The squared error is of standardised pixels; in units of [0, 1] it would weigh 16 times less. With
+    --contrast the images are two SimCLR views each, and CLS has to match them as well.
     """
     if args.contrast:
         images = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]

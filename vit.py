@@ -264,12 +264,14 @@ def lock_folder(out: pathlib.Path) -> None:
     """Refuse a second run in the folder `out`; the system gives the lock back however this process ends."""
     import fcntl  # not on plain Windows; WSL has it
 
-    out.mkdir(parents=True, exist_ok=True)
-    lock_folder.held = open(out / ".lock", "w")  # stays open, and so locked, until the process ends
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_folder.held = open(out / ".lock", "w")  # stays open, and so locked, until the process ends
         fcntl.flock(lock_folder.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
+    except OSError as error:
+        sys.exit(f"can't write to the folder {out}: {error.strerror}; choose another --out")
 
 
 def write_npz(path: pathlib.Path, **tensors: torch.Tensor) -> None:
@@ -406,7 +408,7 @@ class Run:
             print(f"{self.name}: finished before, taken from {self.path}", flush=True)
         elif self.epoch:
             print(f"{self.name}: going on after epoch {self.epoch} of {self.total}", flush=True)
-        for self.epoch in range(self.epoch, self.total):
+        while not self.finished:
             self.metrics, self.done = {}, 0
             self.model.train()
             yield self.epoch
@@ -472,11 +474,11 @@ class Run:
             sys.exit(f"{self.path} was made with another --{changed[0].replace('_', '-')}; "
                      "add --fresh to start over, or choose another --out or --name")  # fmt: skip
         self.model.load_state_dict(state["model"])
-        self.generator.set_state(state["generator"])
         self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
         self.machine.precision = state["precision"]  # going on in another precision would be another run
-        if state["optimizer"]:
+        if state["optimizer"]:  # not needed, and not kept, once a run is finished
             self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -524,6 +526,8 @@ def command(parser: argparse.ArgumentParser) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit("the device is out of memory; choose a smaller --batch, or --device cpu; the same command goes on")
 
 
 def main() -> None:

@@ -71,10 +71,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per network, precision and round; there are three rounds")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    print(f"{'':14}{'precision':12}{'images/s':>9}{'share':>8}   (median of three rounds)")
     for precision in ("float32", "bfloat16"):
-        machine = vit.Machine(args.device, precision) if precision == "float32" else machine
-        machine.precision = precision
+        machine = vit.Machine(args.device, precision)
+        print(f"{'':14}{'precision':12}{'images/s':>9}{'share':>8}   (median of three rounds)")
         limit = matmul_flops(machine, args.seconds)
         models = {name: m.to(machine.device).train() for name, m in networks().items()}
         optimizers = {name: torch.optim.AdamW(m.parameters(), fused=True) for name, m in models.items()}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -182,6 +181,11 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
     assert message in run(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
+
+
+def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "can't write to the folder" in run("analysis.py", "report", "--out", tmp_path / "file" / "out", code=1)
 
 
 def test_interrupting_says_how_to_go_on(tmp_path):
