@@ -59,21 +59,22 @@ def focus(maps: torch.Tensor) -> dict[str, float]:
 
 def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for the figure."""
-    if vit.measured(args, "maps_after", args.before, args.after):
+    stored = pathlib.Path(args.out) / "maps.npz"
+    if stored.exists() and vit.measured(args, "maps_after", args.before, args.after):
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
     shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # the first image of each class
-    arrays = {"images": images[shown], "labels": labels[shown]}
+    arrays, measured = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder = vit.load_encoder(path).to(machine.device).eval()
         with torch.no_grad():
-            similarity = torch.cat([token_similarity(encoder(x.float() / 255)) for x in images.split(1000)])  # [n, T, T]
-        arrays[when] = similarity[shown]
-        measured = focus(similarity[:, 0, 1:])
-        vit.record(args, f"maps_{when}", machine, data.describe(args.data), value=measured.pop("entropy"), **measured,
-                   weights=vit.fingerprint(args.before, args.after))  # fmt: skip
-    vit.write_npz(pathlib.Path(args.out) / "maps.npz", **arrays)
+            similarity = torch.cat([token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(1000)])  # [n, T, T]
+        arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
+    vit.write_npz(stored, **arrays)  # before the rows: a row says that everything of it is there
+    for when, row in measured.items():
+        vit.record(args, f"maps_{when}", machine, data.describe(args.data), value=row.pop("entropy"), **row,
+                   precision="float32", weights=vit.fingerprint(args.before, args.after))  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,12 +145,15 @@ def cka(args: argparse.Namespace) -> None:
     The report compares CLS before and after the last self-attention block, which can be read in two ways: across the
     attention's residual sum (the row's value), or across the whole block with its MLP ("whole_block").
     """
-    if vit.measured(args, "cka_after", args.before, args.after):
+    stored = pathlib.Path(args.out) / "cka.npz"
+    if stored.exists() and vit.measured(args, "cka_after", args.before, args.after):
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, _ = data.load(args.data, args.split, machine.device, args.limit)
+    if len(images) < 4:
+        raise SystemExit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
     arrays = {}
-    for when, path, report in (("before", args.before, 0.8698), ("after", args.after, 0.7353)):
+    for when, path in (("before", args.before), ("after", args.after)):
         encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
         for x in images.split(1000):
             trace = []
@@ -157,14 +161,15 @@ def cka(args: argparse.Namespace) -> None:
                 encoder(x.float() / 255, trace)
             stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
             streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
-        for kind, matrix in (("biased", streaming.result()), ("debiased", streaming.result(debiased=True))):
-            arrays[f"{when}_{kind}"] = matrix  # [1 + 2 * depth, 1 + 2 * depth]
+        arrays[f"{when}_biased"], arrays[f"{when}_debiased"] = streaming.result(), streaming.result(debiased=True)  # [L, L]
+    vit.write_npz(stored, **arrays)
+    for when, reported in (("before", 0.8698), ("after", 0.7353)):
         biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
-        vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=report,
+        vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=reported,
                    debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(),
-                   whole_block_debiased=debiased[-3, -1].item(),
+                   whole_block_debiased=debiased[-3, -1].item(), precision="float32",
                    weights=vit.fingerprint(args.before, args.after))  # fmt: skip
-    vit.write_npz(pathlib.Path(args.out) / "cka.npz", **arrays)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing with Pillow: a page with a title, a caption and a footer that says where the pixels come from
@@ -284,13 +289,14 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
     """What Model M answers: the black patches repainted, and the angle."""
     state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
     model = vit.ModelM(vit.ViT(**state["config"])).eval()
-    model.load_state_dict(state["model"])
+    model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith("projector.")})
+    patch = state["config"]["patch_size"]
     images, _ = data.load(args.data, "validation", limit=8)
     images = images.float() / 255
-    augmented, masked, _, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed))
+    augmented, masked, _, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed), patch)
     with torch.no_grad():
         logits, painted, _ = model(augmented, masked)
-    patches = data.patchify(augmented)  # [B, N, 3, P, P]
+    patches = data.patchify(augmented, patch)  # [B, N, 3, P, P]
     painted = painted.view(*masked.shape, *patches.shape[2:]) * 0.25 + 0.5  # vit.standardise undone
     patches[torch.arange(len(images))[:, None], masked] = painted
     page = Page(960, 410, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
@@ -307,13 +313,13 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_maps(args: argparse.Namespace, footer: str) -> Page:
     """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
-    stored, rows = np.load(pathlib.Path(args.out) / "maps.npz"), vit.read_results(args.out)["rows"]
-    names = data.class_names(args.data)
-    sides = {when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), 4, 4) for when in ("before", "after")}
+    stored, rows = np.load(pathlib.Path(args.out) / "maps.npz"), rows_of(args)
+    names, side = data.class_names(args.data), int((stored["before"].shape[1] - 1) ** 0.5)
+    sides = {when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side) for when in ("before", "after")}
     low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
     focus_text = {when: ", ".join(f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}" for k, v in
                   (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))) for when in sides}  # fmt: skip
-    page = Page(980, 600, "Where is CLS' content? Cosine of the CLS token with each of the 16 patch tokens",
+    page = Page(980, 600, "Where is CLS' content? Cosine of the CLS token with each patch token",
                 f"One row each for the image, the map before and after fine-tuning, the map laid over the image; same colours in all. Over the\n"
                 f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: {focus_text['after']}.", footer)  # fmt: skip
     order = ["image", "before", "before,\nover it", "after", "after,\nover it"]
@@ -340,7 +346,7 @@ def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
     low, names = min(stored[w].min() for w in ("before", "after")), data.class_names(args.data)
     for r, when in enumerate(("before", "after")):
         page.text(14, page.top + 130 + 270 * r, when, 14)
-        for i in range(3):
+        for i in range(min(3, len(stored["labels"]))):
             page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255)
             page.text(80 + 290 * i + 127, page.top, names[stored["labels"][i]], 14, anchor="ma")
     page.scale_bar(330, page.top + 565, 240, low, 1.0, "cosine")
@@ -349,7 +355,7 @@ def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_cka(args: argparse.Namespace, footer: str) -> Page:
     """Layer-by-layer CKA of CLS, before and after fine-tuning."""
-    stored, rows = np.load(pathlib.Path(args.out) / "cka.npz"), vit.read_results(args.out)["rows"]
+    stored, rows = np.load(pathlib.Path(args.out) / "cka.npz"), rows_of(args)
     depth = len(stored["before_biased"]) // 2
     labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
     texts = {w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} (debiased {rows[f'cka_{w}']['debiased']:.4f}), "
@@ -369,6 +375,8 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     """Every metric that the training stages noted, epoch by epoch."""
     histories = {p.stem: vit.read_checkpoint(p)["history"] for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
+    if not histories:
+        raise FileNotFoundError("no checkpoint")
     panels = {}
     for name, history in histories.items():
         for metric, line in history.items():
@@ -404,15 +412,21 @@ FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps
            "cka": draw_cka, "curves": draw_curves, "classes": draw_classes}  # fmt: skip
 
 
+def rows_of(args: argparse.Namespace) -> dict[str, dict]:
+    """The rows measured on --split, by their plain names."""
+    rows = vit.read_results(args.out)["rows"]
+    return {name.removesuffix(f"_{args.split}"): row for name, row in rows.items() if row["split"] == args.split}
+
+
 def figures(args: argparse.Namespace) -> None:
     """Draw every figure whose inputs are there into out/figures."""
     out, about = pathlib.Path(args.out), data.describe(args.data)
-    footer = f"{about['provenance']}; run {out.name}, seed {args.seed}"
+    footer = f"{about['provenance']}; run {out.name}, seed {vit.read_results(out).get('seed', args.seed)}"
     for name, draw in FIGURES.items():
         try:
             page = draw(args, footer)
         except (FileNotFoundError, KeyError, SystemExit) as missing:
-            print(f"{name}: not drawn, its stage has not run yet ({missing})")
+            print(f"{name}: not drawn, what it needs is not there: {missing}")
             continue
         buffer = io.BytesIO()
         page.image.save(buffer, "PNG", optimize=True)
@@ -445,14 +459,14 @@ TABLE = {
 def report(args: argparse.Namespace) -> None:
     """Write out/report.md from out/results.json, and print its table."""
     results, out = vit.read_results(args.out), pathlib.Path(args.out)
-    rows = results["rows"]
+    rows = rows_of(args)
     if not rows:
-        raise SystemExit(f"{out} has no results.json yet; `bash run_all.sh` runs the stages that write it")
+        raise SystemExit(f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the stages that write them")
 
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
-        rows["m_best_probe"] = rows[best] | {"variant": best}
+        rows["m_best_probe"] = results["rows"][vit.row_name(args, "m_best_probe")] = rows[best] | {"variant": best}
         vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
@@ -473,7 +487,7 @@ def report(args: argparse.Namespace) -> None:
     stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     pictures = [f"### {name}\n\n![{name}](figures/{name}.png)\n" for name in FIGURES if (out / "figures" / f"{name}.png").exists()]
-    text = (f"# Results, profile {results['profile']}\n\n{stamp}Images: {results['provenance']}. Accuracies on the test split, one seed "
+    text = (f"# Results, profile {results['profile']}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
             f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
             "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
             "is chosen on the validation split.\n\n" + "\n".join(pictures))  # fmt: skip

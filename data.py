@@ -13,13 +13,15 @@ Depends on torch, numpy and pillow: copy this file alone.
     python data.py --data data              # fetch CIFAR-10 into data/ and check it
     python data.py --sheet synthetic.png    # look at the synthetic stand-in
 
-Shape letters: B batch, S image size, P patch size, N patches, C colour channels. Images are [B, 3, S, S].
+Shape letters: B batch, S image size, P patch size, N patches, M masked patches, C colour channels. Images are [B, 3, S, S].
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import http.client
 import math
 import os
 import pathlib
@@ -79,7 +81,7 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
         sys.exit(f"{url} is not the CIFAR-10 binary archive; it was deleted, try again")
     except OSError as error:  # the disk: network errors are dealt with in _download
         shutil.rmtree(part, ignore_errors=True)
-        sys.exit(f"can't write CIFAR-10 to {folder}: {error.strerror or error}; 350 MB must be free there")
+        sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror or error}; 350 MB must be free there")
 
 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
@@ -104,7 +106,7 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
                     print(f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ", end="", flush=True)
             print()
             reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
     if path.exists() and path.stat().st_size >= size:
         return
@@ -137,12 +139,12 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 
-def load(data: str, split: str, device: torch.device | str = "cpu", limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
     train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with it
     test 10,000, the official test set: read once, by the final evaluation
-    `data` is a folder or the word "synthetic"; `limit` keeps the first so many images (0: all).
+    `data` is a folder or the word "synthetic"; `limit` keeps so many images (None: all).
     Raises SystemExit with one sentence on damaged or missing files.
     """
     if split not in ("train", "validation", "test"):
@@ -258,8 +260,11 @@ def resized_crop_flip(images: torch.Tensor, generator: torch.Generator | None = 
     return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
 
 
-TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # brightness, two colour axes
-FROM_YIQ = torch.linalg.inv(TO_YIQ)
+@functools.cache
+def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix from RGB to YIQ (brightness and two colour axes) and its inverse, moved to the device only once."""
+    matrix = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    return matrix.to(device), torch.linalg.inv(matrix).to(device)
 
 
 def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0) -> torch.Tensor:
@@ -277,8 +282,8 @@ def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None
     hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
     zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
     turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
-    turn = turn * brightness[:, None, None]
-    matrix = FROM_YIQ.to(images.device) @ turn @ TO_YIQ.to(images.device)  # [B, 3, 3] in RGB
+    to_yiq, from_yiq = yiq(images.device)
+    matrix = from_yiq @ (turn * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
     images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)
@@ -344,7 +349,7 @@ def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None
     together are the report's set A: 8 of the 16 patches, half of them masked.
     Raises ValueError when there are fewer than masked + rotated patches.
     """
-    x = patchify(images, patch)  # [B, N, C, P, P]
+    x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
     B, N = x.shape[:2]
     if masked + rotated > N:
         raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
@@ -429,4 +434,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it was")
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)

@@ -7,7 +7,7 @@
 # quick: a few thousand images, to see that everything works (3 minutes on two cores)
 # laptop: all images, few epochs          full: the report's epochs
 #
-# A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again.
+# A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again (without --fresh).
 set -euo pipefail
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     quick|laptop|full|test) profile=$1 ;;
     --data) [ $# -ge 2 ] || fail "--data needs a folder; $usage"
-            shift; [ "$1" = synthetic ] && data=synthetic || data=$(cd "$1" 2>/dev/null && pwd) || fail "there is no folder $1" ;;
+            shift; [ "$1" = synthetic ] && data=synthetic || data=$(cd "$1" >/dev/null 2>&1 && pwd) || fail "there is no folder $1" ;;
     --fresh) fresh=yes ;;
     -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "don't know '$1'; $usage" ;;
@@ -44,6 +44,7 @@ PY
 if { [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python3 -c 'import google.colab' 2>/dev/null; } && satisfied python; then
   :  # an active environment, or Colab, that has everything
 else
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed, as python3; this one is $(python3 --version 2>&1)"
   [ -x .venv/bin/python ] || { echo "== set-up: making .venv"; python3 -m venv .venv || fail "python3 -m venv does not work here; install Python 3.10 or newer (Debian: apt install python3-venv)"; }
   satisfied .venv/bin/python || { echo "== set-up: installing requirements.txt into .venv (once; several GB)"; .venv/bin/python -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"; }
   export PATH="$PWD/.venv/bin:$PATH"
@@ -54,7 +55,7 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 # ---------------------------------------------------------------- the profile, the data
 [ -n "$profile" ] || { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop; }
 case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning
-  quick)  infonce=2;  m=2;  more=1;  joint=1;  tune=2;  cutmix=0 ;;
+  quick)  infonce=2;  m=2;  more=2;  joint=2;  tune=2;  cutmix=0 ;;
   laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  cutmix=0 ;;  # CutMix pays in long training only
   full)   infonce=20; m=20; more=20; joint=20; tune=50; cutmix=0.5 ;;
 esac
@@ -65,9 +66,14 @@ stage() {  # stage "heading" command: prints both, runs the command
 }
 
 where=${data:-data}
-if [ "$where" != synthetic ] && ! stage "the images" python data.py --data "$where"; then
-  [ ! -e "$where/cifar-10-batches-bin" ] || exit 1  # damaged files are the user's to look at
-  where=synthetic
+if [ "$where" != synthetic ]; then
+  code=0; stage "the images" python data.py --data "$where" || code=$?
+  [ $code -le 1 ] || exit $code  # Ctrl-C
+  if [ $code = 1 ]; then
+    case "$where" in */cifar-10-batches-bin) exit 1 ;; esac
+    [ ! -e "$where/cifar-10-batches-bin" ] || exit 1  # damaged files are the user's to look at
+    where=synthetic
+  fi
 fi
 [ "$where" = synthetic ] && dataset=synthetic || dataset=cifar10
 warn() { [ "$dataset" != synthetic ] || printf '\n**** NO CIFAR-10: THIS RUN USES SYNTHETIC SHAPES. ITS NUMBERS ARE NOT CIFAR-10 NUMBERS. ****\n'; }

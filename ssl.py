@@ -13,6 +13,9 @@ Depends on vit.py and data.py: copy this file with those two. Its loops are `pre
 
 Papers: Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR), Gidaris et al. 2018 (rotation), He et al. 2022 (masked
 autoencoders), Chhabra et al. 2024 (PatchRot).
+Shape letters as in vit.py; also M masked patches per image, E width of the contrastive embedding.
+
+Each *_step below goes from images to the loss; augmentation and loss are in float32, only the network in autocast.
 """
 
 from __future__ import annotations
@@ -69,15 +72,16 @@ def projector(dim: int, hidden: int = 512, out: int = 128) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
-def infonce_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+def infonce_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None) -> dict[str, torch.Tensor]:
     """Loss and metrics of one InfoNCE step on uint8 images [B, 3, S, S]."""
     views = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
-    z = model.projector(model.encoder(views)[:, 0])  # [2B, E]
+    with machine.autocast():
+        z = model.projector(model.encoder(views)[:, 0])  # [2B, E]
     loss, match = info_nce(z, args.temperature)
     return {"loss": loss, "match": match}
 
 
-def m_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+def m_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None) -> dict[str, torch.Tensor]:
     """Loss and metrics of one Model M step on uint8 images [B, 3, S, S].
 
         loss = cross-entropy of the angle + mean squared error of the masked patches (+ contrast * InfoNCE)
@@ -89,22 +93,27 @@ def m_step(model: nn.Module, images: torch.Tensor, args, generator=None) -> dict
         images = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     else:
         images = data.crop_flip(images, generator)  # [B, 3, S, S]
-    augmented, masked, _, angle = data.patch_augment(images, generator, model.encoder.config["patch_size"])
-    logits, pixels, cls = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, D]
-    hidden = data.take(data.patchify(images, model.encoder.config["patch_size"]), masked).flatten(2)  # [B, M, 3*P*P]
+    patch = model.encoder.config["patch_size"]
+    augmented, masked, _, angle = data.patch_augment(images, generator, patch)
+    with machine.autocast():
+        logits, pixels, cls = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, D]
+        z = model.projector(cls) if args.contrast else None  # [2B, E]
+    hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
     rotation, mse = F.cross_entropy(logits.float(), angle), F.mse_loss(pixels.float(), vit.standardise(hidden))
     metrics = {"loss": rotation + mse, "angle": (logits.argmax(1) == angle).float().mean(), "mse": mse}
     if args.contrast:
-        loss, metrics["match"] = info_nce(model.projector(cls), args.temperature)
+        loss, metrics["match"] = info_nce(z, args.temperature)
         metrics["loss"] = metrics["loss"] + args.contrast * loss
     return metrics
 
 
-def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, generator=None) -> dict[str, torch.Tensor]:
+def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator=None) -> dict:
     """Loss and metrics of one supervised step on uint8 images [B, 3, S, S], labels [B]."""
     images = data.crop_flip(images, generator)  # [B, 3, S, S]
     images, other, share = data.cutmix(images, labels, generator, args.cutmix)
-    logits = model(images).float()  # [B, K]
+    with machine.autocast():
+        logits = model(images)  # [B, K]
+    logits = logits.float()
     loss = share * F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
     loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=args.smoothing)
     return {"loss": loss, "train": (logits.argmax(1) == labels).float().mean()}
@@ -121,6 +130,8 @@ def pretrain(args: argparse.Namespace) -> None:
     images, _ = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args, args.init)
     model = vit.ModelM(encoder)
+    if args.task == "m" and encoder.patches < 8:
+        raise SystemExit(f"Model M masks and turns 8 patches, but this encoder has only {encoder.patches}; choose a smaller --patch")
     if args.task == "infonce" or args.contrast:
         model.projector = projector(encoder.config["dim"])
     model.to(machine.device)
@@ -129,8 +140,7 @@ def pretrain(args: argparse.Namespace) -> None:
     run = vit.Run(args, args.name or args.task, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            with machine.autocast():
-                metrics = task_step(model, images[index], args, run.generator)
+            metrics = task_step(model, images[index], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
 
@@ -147,8 +157,7 @@ def finetune(args: argparse.Namespace) -> None:
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            with machine.autocast():
-                metrics = finetune_step(model, images[index], labels[index], args, run.generator)
+            metrics = finetune_step(model, images[index], labels[index], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
         run.note(validation=accuracy(predict(model, validation[0], machine), validation[1]))
@@ -236,9 +245,9 @@ def probe(args: argparse.Namespace) -> None:
         for decay in (1e-4, 1e-3, 1e-2):
             layer = fit_linear(x, labels["train"], decay)
             tried.append([accuracy(layer(read[s][feature]), labels[s]) for s in ("validation", args.split)])
-        scores[feature] = max(tried)
+        scores[feature] = max(tried, key=lambda accuracies: accuracies[0])
         print(f"{name}: {feature} features, validation {scores[feature][0]:.4f}", flush=True)
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda feature: scores[feature][0])
     vit.record(args, name, machine, data.describe(args.data), value=scores[best][1], features=best,
                validation=scores[best][0], **{f: s[1] for f, s in scores.items()}, report=REPORT.get(name),
                epochs=trained["epoch"], seconds=trained["seconds"] + time.perf_counter() - start,

@@ -111,7 +111,7 @@ class ViT(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
         self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
-        patches = (image_size // patch_size) ** 2
+        self.patches = patches = (image_size // patch_size) ** 2
         # a convolution whose stride is its kernel size = the same linear map applied to every patch
         self.patch_embedding = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
@@ -207,12 +207,12 @@ class Machine:
             precision = min(seconds, key=seconds.get)
             why = f"a step is {seconds['float32'] / seconds['bfloat16']:.1f}x as fast in bfloat16 as in float32"
         self.precision, self.seed = precision, seed
-        kind = {"cuda": lambda: torch.cuda.get_device_name(), "mps": lambda: "Apple GPU"}.get(self.device.type, processor_name)()
+        kind = {"cuda": lambda: torch.cuda.get_device_name(self.device), "mps": lambda: "Apple GPU"}.get(self.device.type, processor_name)()
         self.name = f"{self.device.type} ({kind}, {torch.get_num_threads()} CPU threads)"
         print(f"{self.name}, {self.precision}: {why}; torch {torch.__version__}, seed {seed}", flush=True)
 
     def autocast(self):
-        """Context in which matmuls run in bfloat16 where that was chosen; weights and sums stay float32."""
+        """Context in which matmuls run in bfloat16 where that was chosen; weights and the residual stream stay float32."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -247,16 +247,17 @@ def processor_name() -> str:
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
     """Write all of `content` or nothing: readers see the old file until the new one is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         sys.exit(f"can't write {path}: {error.strerror}; free some space or choose another --out, then type the same command")
 
 
@@ -298,12 +299,14 @@ def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, *
 
     results, out = read_results(args.out), pathlib.Path(args.out)
     packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
-    results |= about | {"profile": out.name.split("-")[-1], "seed": machine.seed, "device": machine.name}
-    results |= {"precision": machine.precision, "versions": {"python": platform.python_version()}}
+    if results.get("dataset", about["dataset"]) != about["dataset"]:
+        sys.exit(f"{out} holds results on {results['dataset']}; choose another --out for {about['dataset']}")
+    measured_by = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
+    results |= about | measured_by | {"profile": out.name.split("-")[-1], "versions": {"python": platform.python_version()}}
     for package in packages:
         with contextlib.suppress(ImportError):
             results["versions"][package] = version(package)
-    results["rows"][row_name(args, name)] = row | {"split": args.split, "command": shlex.join(["python", *sys.argv])}
+    results["rows"][row_name(args, name)] = measured_by | row | {"split": args.split, "command": shlex.join(["python", *sys.argv])}
     write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
 
@@ -369,7 +372,8 @@ class Run:
         for epoch in run.epochs():                    # goes on after the last finished epoch
             for index in run.steps(batches):          # draws the progress line
                 with machine.autocast():
-                    loss = ...
+                    output = model(...)
+                loss = ...
                 loss.backward()
                 run.step(loss=loss)                   # clip, learning rate, AdamW, metrics
 
@@ -390,9 +394,10 @@ class Run:
         other = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(("cls", "positions"))]
         groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
-        # what the command line asked for, less what does not change the weights
+        # what the command line asked for, less what does not change the weights; a start file counts by its contents
         loose = ("fresh", "split", "run", "device", "precision", "out", "name")
         self.settings = {k: v for k, v in vars(args).items() if k not in loose}
+        self.settings |= {k: fingerprint(self.settings[k] or "") for k in ("init", "checkpoint") if k in self.settings}
         if self.path.exists() and not args.fresh:
             self._resume()
 
@@ -454,7 +459,7 @@ class Run:
         bad = (~torch.isfinite(values["loss"])).nonzero()
         if len(bad):
             sys.exit(f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
-                     f"{self.path} keeps the last good epoch; try a smaller --lr")  # fmt: skip
+                     "the last good epoch, if any, is kept; try a smaller --lr with --fresh")  # fmt: skip
         return {key: value.mean().item() for key, value in values.items()}
 
     def _save(self) -> None:
@@ -471,7 +476,7 @@ class Run:
         if state["optimizer"] and state["device"] != self.machine.device.type:
             changed.append("device")  # its random generator can't go on elsewhere
         if changed:
-            sys.exit(f"{self.path} was made with another --{changed[0].replace('_', '-')}; "
+            sys.exit(f"{self.path} was made with another {changed[0].replace('_', '-')}; "
                      "add --fresh to start over, or choose another --out or --name")  # fmt: skip
         self.model.load_state_dict(state["model"])
         self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
@@ -488,6 +493,13 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def positive(text: str) -> int:
+    """For argparse: a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    return int(text)
+
+
 def common_arguments() -> argparse.ArgumentParser:
     """The options of every stage, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
@@ -497,9 +509,9 @@ def common_arguments() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=["validation", "test"], default="validation", help="where the final accuracy is measured; "
                    "choose with validation, look at test once (default: validation)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
-    p.add_argument("--limit", type=int, default=0, help="use only the first so many images of each split (default: all)")
-    p.add_argument("--dim", type=int, default=128, help="width of a new encoder (default: 128)")
-    p.add_argument("--patch", type=int, default=8, help="patch size of a new encoder in pixels (default: 8)")
+    p.add_argument("--limit", type=positive, help="use only so many images of each split (default: all)")
+    p.add_argument("--dim", type=positive, default=128, help="width of a new encoder (default: 128)")
+    p.add_argument("--patch", type=positive, default=8, help="patch size of a new encoder in pixels (default: 8)")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster, by measurement")
     return p
@@ -508,8 +520,8 @@ def common_arguments() -> argparse.ArgumentParser:
 def training_arguments(epochs: int, lr: float, batch: int = 128) -> argparse.ArgumentParser:
     """The options of every training stage, with this stage's defaults, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
+    p.add_argument("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=batch, help="images per step (default: %(default)s)")
     p.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
     p.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
@@ -526,8 +538,10 @@ def command(parser: argparse.ArgumentParser) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit("the device is out of memory; choose a smaller --batch, or --device cpu; the same command goes on")
+    except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
+        if "memory" not in str(error):
+            raise
+        sys.exit("out of memory; choose a smaller --batch (with --fresh), or --device cpu")
 
 
 def main() -> None:

@@ -84,12 +84,13 @@ def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(stage1,
     that stayed on the CPU, raises."""
     model, args = small(stage1)
     args.contrast = 0.5 * (task == "m joint")
+    machine = vit.Machine("meta", "float32")
     images, labels = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(16, dtype=torch.long, device="meta")
     if task == "finetune":
         model = vit.Classifier(model.encoder).to("meta")
-        metrics = stage1.finetune_step(model, images, labels, args)
+        metrics = stage1.finetune_step(model, images, labels, args, machine)
     else:
-        metrics = {"infonce": stage1.infonce_step}.get(task, stage1.m_step)(model.to("meta"), images, args)
+        metrics = {"infonce": stage1.infonce_step}.get(task, stage1.m_step)(model.to("meta"), images, args, machine)
     metrics["loss"].backward()
     assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
     assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
@@ -100,14 +101,15 @@ def test_every_stage_lowers_its_loss(stage1, task):
     model, args = small(stage1)
     args.contrast = 0.5 * (task == "m joint")
     images, labels = data.synthetic(64)
+    machine = vit.Machine("cpu", "float32")
     if task == "finetune":
         model = vit.Classifier(model.encoder)
     optimizer, g, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0), []
     for _ in range(60):
         if task == "finetune":
-            loss = stage1.finetune_step(model, images, labels, args, g)["loss"]
+            loss = stage1.finetune_step(model, images, labels, args, machine, g)["loss"]
         else:
-            loss = {"infonce": stage1.infonce_step}.get(task, stage1.m_step)(model, images, args, g)["loss"]
+            loss = {"infonce": stage1.infonce_step}.get(task, stage1.m_step)(model, images, args, machine, g)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -177,10 +179,29 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     (["ssl.py", "probe", "--checkpoint", "nowhere.pt"], 1, "there is no checkpoint nowhere.pt"),
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10], 1, "smaller --batch"),
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5], 1, "5-pixel patches"),
-    (["analysis.py", "report"], 1, "no results.json yet"),
+    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 16], 1, "only 4"),
+    (["ssl.py", "finetune", "--epochs", "0"], 2, "whole number above 0"),
+    (["analysis.py", "report"], 1, "no rows of the validation split yet"),
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
     assert message in run(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
+
+
+def test_results_on_validation_are_reported_too_and_never_mixed_with_another_data_set(tmp_path):
+    run("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
+    assert "raw pixels" in run("analysis.py", "report", "--out", tmp_path)
+    assert "validation split" in (tmp_path / "report.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))
+    assert "choose another --out" in run("ssl.py", "probe", "--checkpoint", "untrained", "--out", tmp_path, *TINY[:-2], code=1)
+
+
+def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_path):
+    out = ["--out", tmp_path, "--dim", 32, *TINY, *FAST]
+    run("ssl.py", "pretrain", "--task", "m", *out)
+    run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out)
+    run("ssl.py", "pretrain", "--task", "m", "--fresh", "--lr", 0.01, *out)
+    assert "another checkpoint" in run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out, code=1)
 
 
 def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):

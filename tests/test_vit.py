@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_stage_and_step_and_keeps_the_last_good_
 
 def test_other_settings_do_not_resume_silently(tmp_path):
     train(tiny_run(tmp_path))
-    with pytest.raises(SystemExit, match="--lr.*--fresh"):
+    with pytest.raises(SystemExit, match="another lr.*--fresh"):
         tiny_run(tmp_path, lr=1.0)
     assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
 
