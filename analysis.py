@@ -231,7 +231,7 @@ class Page:
             self.draw.ellipse([at[-1][0] - 3, at[-1][1] - 3, at[-1][0] + 3, at[-1][1] + 3], fill=ink)
             self.text(x0 + w + 14, y0 + 18 * k, name, 13, ink)
 
-    def heat_map(self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0, text=True) -> None:
+    def heat_map(self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0) -> None:
         """A square matrix in colour, row labels left, column labels below; the entries written into the cells."""
         for i, row in enumerate(matrix):
             for j, v in enumerate(row):
@@ -239,7 +239,7 @@ class Page:
                 share = (v - low) / (high - low)
                 fill = (230, 230, 230) if np.isnan(v) else tuple(int(c) for c in colour(np.array(share)))
                 self.draw.rectangle(at, fill=fill)
-                if text and not np.isnan(v):
+                if not np.isnan(v):
                     entry = f"{v:.0f}" if high > 1 else f"{v:.2f}".replace("0.", ".")
                     self.text(at[0] + cell / 2, at[1] + cell / 2, entry, 11, INK if share > 0.6 else PAPER, "mm")
             self.text(x - 6, y + (i + 0.5) * cell, labels[i], 12, anchor="rm")
@@ -470,6 +470,7 @@ def report(args: argparse.Namespace) -> None:
         vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
+        """One entry of the table: accuracies in percent, CKA and entropies as they are."""
         value = rows.get(name, {}).get(key)
         percent = name and not name.startswith(("cka", "maps"))
         return "" if value is None else f"{100 * value:.2f} %" if percent else f"{value:.4f}"

@@ -87,10 +87,12 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
     """Append what is missing of `url` to `path`; try again a few times, each time from where it broke."""
     reason = ""
-    for attempt in range(tries):
+    for attempt in range(tries + 1):
         have = path.stat().st_size if path.exists() else 0
         if have >= size:
             return
+        if attempt == tries:
+            sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into {path.parent}")
         time.sleep(attempt)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -108,9 +110,6 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
             reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
-    if path.exists() and path.stat().st_size >= size:
-        return
-    sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into {path.parent}")
 
 
 def find(data: str) -> pathlib.Path:
@@ -187,6 +186,7 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor,
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float, *shape: int) -> torch.Tensor:
+        """Uniform numbers for every image: [n, *shape]."""
         return low + (high - low) * torch.rand(number, *shape, generator=g)
 
     labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10

@@ -539,7 +539,7 @@ def command(parser: argparse.ArgumentParser) -> None:
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
-        if "memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
             raise
         sys.exit("out of memory; choose a smaller --batch (with --fresh), or --device cpu")
 
