@@ -160,12 +160,12 @@ def finetune(args: argparse.Namespace) -> None:
             metrics = finetune_step(model, images[index], labels[index], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
-        run.note(validation=accuracy(predict(model, validation[0], machine), validation[1]))
+        run.note(validation=vit.accuracy(predict(model, validation[0], machine), validation[1]))
 
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
     logits = predict(model, images, machine)
     vit.write_npz(run.path.with_suffix(".npz"), guess=logits.argmax(dim=1), truth=labels)
-    vit.record(args, name, machine, data.describe(args.data), value=accuracy(logits, labels), report=REPORT.get(name),
+    vit.record(args, name, machine, data.describe(args.data), value=vit.accuracy(logits, labels), report=REPORT.get(name),
                validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)  # fmt: skip
 
 
@@ -174,11 +174,6 @@ def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> tor
     model.eval()
     with torch.no_grad(), machine.autocast():
         return torch.cat([model(x.float() / 255).float() for x in images.split(1000)])
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:
@@ -244,7 +239,7 @@ def probe(args: argparse.Namespace) -> None:
         tried = []
         for decay in (1e-4, 1e-3, 1e-2):
             layer = fit_linear(x, labels["train"], decay)
-            tried.append([accuracy(layer(read[s][feature]), labels[s]) for s in ("validation", args.split)])
+            tried.append([vit.accuracy(layer(read[s][feature]), labels[s]) for s in ("validation", args.split)])
         scores[feature] = max(tried, key=lambda accuracies: accuracies[0])
         print(f"{name}: {feature} features, validation {scores[feature][0]:.4f}", flush=True)
     best = max(scores, key=lambda feature: scores[feature][0])

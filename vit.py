@@ -122,11 +122,15 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(p, std=0.02)
         self.apply(init_linear)
 
-    def forward(self, images: torch.Tensor, trace: list | None = None) -> torch.Tensor:
-        """images: [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """What the first block reads: images [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS."""
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions  # [B, 1 + N, D]
+        return torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions  # [B, 1 + N, D]
+
+    def forward(self, images: torch.Tensor, trace: list | None = None) -> torch.Tensor:
+        """images: [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x, trace)
         return self.norm(x)
@@ -358,9 +362,13 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
 def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
     """The encoder in `checkpoint`; without one, a new random encoder of --dim and --patch."""
     if checkpoint:
-        return load_encoder(checkpoint)
+        encoder = load_encoder(checkpoint)
+        for option, asked, found in (("dim", args.dim, encoder.config["dim"]), ("patch", args.patch, encoder.config["patch_size"])):
+            if asked not in (None, found):
+                sys.exit(f"the encoder in {checkpoint} has --{option} {found}, not {asked}; leave the option out, or choose another checkpoint")
+        return encoder
     try:
-        return ViT(patch_size=args.patch, dim=args.dim)
+        return ViT(patch_size=args.patch or 8, dim=args.dim or 128)
     except ValueError as error:
         sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
 
@@ -493,6 +501,11 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
 def positive(text: str) -> int:
     """For argparse: a whole number above zero."""
     if not text.isdecimal() or int(text) < 1:
@@ -510,8 +523,8 @@ def common_arguments() -> argparse.ArgumentParser:
                    "choose with validation, look at test once (default: validation)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     p.add_argument("--limit", type=positive, help="use only so many images of each split (default: all)")
-    p.add_argument("--dim", type=positive, default=128, help="width of a new encoder (default: 128)")
-    p.add_argument("--patch", type=positive, default=8, help="patch size of a new encoder in pixels (default: 8)")
+    p.add_argument("--dim", type=positive, help="width of a new encoder (default: 128)")
+    p.add_argument("--patch", type=positive, help="patch size of a new encoder in pixels (default: 8)")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster, by measurement")
     return p

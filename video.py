@@ -1,0 +1,257 @@
+"""Stage 2: pseudo-videos, and factorised spatio-temporal transformers that start from Model M.
+
+A pseudo-video is a clip of F = 16 images of one class, shown as if they were the frames of a film. Attention over all
+F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into space and time:
+
+    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then only the
+               frames' CLS tokens through a temporal transformer of one or two blocks, which has its own CLS token
+    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): inside the last one or two
+               blocks, attention among the patches of a frame, then among the frames at the same patch
+
+A test image is judged as a static video: F times itself.
+
+Depends on vit.py and data.py: copy this file with those two. Its loop is `train` below.
+
+    python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 4 --out runs/mine
+
+Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the gate).
+Shape letters as in vit.py; also C clips, F frames of a clip, n different images of a clip (frames may repeat them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+
+import torch
+import torch.nn.functional as F_
+from torch import nn
+
+import data
+import vit
+
+REPORT = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244, "video_report_1": 0.4404, "video_report_2": 0.4244}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two networks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FactorisedEncoder(nn.Module):
+    """Factorised encoder (Arnab et al. 2021, section 3.3, model 2): first space, then time.
+
+    The image encoder sums up each frame in its CLS token; a temporal transformer, whose blocks start as copies of the
+    image encoder's last ones, sums up those in a CLS token of its own. `ordered`: frames have positions. Without them
+    nothing tells the temporal transformer which frame came first, and any order gives the same answer.
+    """
+
+    def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered: bool = True):
+        super().__init__()
+        dim = encoder.config["dim"]
+        self.encoder = encoder
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, frames, dim)) if ordered else None
+        self.blocks = copy.deepcopy(encoder.blocks[-blocks:])
+        self.norm = copy.deepcopy(encoder.norm)
+        self.head = nn.Linear(dim, classes)
+        self.frame_head = nn.Linear(dim, classes)  # only for the per-frame loss in training
+
+    def forward(self, images: torch.Tensor, shown: torch.Tensor | None = None,
+                trace: list | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """images: [C, n, 3, S, S]; shown: [C, F], which of the clip's n images each frame shows (without: n = F, in order)
+        -> class logits of the clips [C, K] and of the images, each by itself [C, n, K]. `trace`: of the temporal blocks.
+
+        An image is encoded once however many frames show it, so a static video costs little more than an image.
+        """
+        C, n = images.shape[:2]
+        each = self.encoder(images.flatten(0, 1))[:, 0].view(C, n, -1)  # [C*n, 3, S, S] -> CLS [C, n, D]
+        x = each if shown is None else data.take(each, shown)  # [C, F, D]
+        if self.positions is not None:
+            x = x + self.positions
+        x = torch.cat([self.cls.expand(C, -1, -1), x], dim=1)  # [C, 1 + F, D]
+        for block in self.blocks:
+            x = block(x, trace)
+        return self.head(self.norm(x[:, 0])), self.frame_head(each)
+
+
+class TemporalAttention(nn.Module):
+    """Attention among the F tokens at the same place of a clip's frames, to be added to a trained block of an image encoder.
+
+    It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as the
+    image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
+    """
+
+    def __init__(self, block: vit.Block, frames: int, ordered: bool):
+        super().__init__()
+        dim = block.norm1.normalized_shape[0]
+        self.norm, self.attn = copy.deepcopy(block.norm1), copy.deepcopy(block.attn)
+        self.positions = nn.Parameter(0.02 * torch.randn(frames, dim)) if ordered else None
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        """x: [C*F, T, D] -> what to add to it, [C*F, T, D]."""
+        CF, T, D = x.shape
+        x = x.view(-1, frames, T, D).transpose(1, 2).flatten(0, 1)  # [C, F, T, D] -> [C*T, F, D]
+        if self.positions is not None:
+            x = x + self.positions
+        update, _ = self.attn(self.norm(x))  # [C*T, F, D]
+        return self.gate * update.view(-1, T, frames, D).transpose(1, 2).reshape(CF, T, D)  # [C, T, F, D] -> [C*F, T, D]
+
+
+class FactorisedAttention(nn.Module):
+    """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block first space, then time.
+
+        x = x + attention within the frame(norm(x))       as in the image encoder
+        x = x + gate * attention across frames(norm(x))   new, in the last `blocks` blocks
+        x = x + mlp(norm(x))                              as in the image encoder
+
+    There is no temporal CLS token; the class is read from the mean of the frames' CLS tokens.
+    """
+
+    def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered: bool = True):
+        super().__init__()
+        dim = encoder.config["dim"]
+        self.encoder = encoder
+        self.temporal = nn.ModuleList([TemporalAttention(block, frames, ordered) for block in encoder.blocks[-blocks:]])
+        self.head = nn.Linear(dim, classes)
+        self.frame_head = nn.Linear(dim, classes)
+
+    def forward(self, images: torch.Tensor, shown: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As FactorisedEncoder.forward; but as frames mix inside the encoder, every frame is computed, a repeated one too,
+        and the second result is of frames that have seen the others: [C, F, K]."""
+        x = images if shown is None else data.take(images, shown)  # [C, F, 3, S, S]
+        C, frames = x.shape[:2]
+        x = self.encoder.embed(x.flatten(0, 1))  # [C*F, T, D]
+        spatial = len(self.encoder.blocks) - len(self.temporal)
+        for block in self.encoder.blocks[:spatial]:
+            x = block(x)
+        for block, temporal in zip(self.encoder.blocks[spatial:], self.temporal):
+            x = x + block.attn(block.norm1(x))[0]
+            x = x + temporal(x, frames)
+            x = x + block.mlp(block.norm2(x))
+        each = self.encoder.norm(x)[:, 0].view(C, frames, -1)  # CLS: [C, F, D]
+        return self.head(each.mean(dim=1)), self.frame_head(each)
+
+
+MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> tuple[torch.Tensor, ...]:
+    """One epoch of the sampler's clips, `clips` per optimiser step: index tensors [clips, F].
+
+    `balanced`: the classes take turns, so that 10 clips hold each of the 10 classes once; what a class has more than
+    the smallest one is left out. A rest smaller than a step is dropped.
+    """
+    epoch = list(sampler)
+    if balanced:
+        of_class = {}
+        for clip in epoch:
+            of_class.setdefault(labels[clip[0]], []).append(clip)
+        epoch = [clip for turn in zip(*of_class.values()) for clip in turn]
+    return torch.tensor(epoch)[: len(epoch) - len(epoch) % clips].split(clips)
+
+
+def random_repeats(clips: int, frames: int, generator: torch.Generator) -> torch.Tensor:
+    """Which image each frame shows, [clips, frames], when a clip has a random number of different images, 1 to `frames`."""
+    device = generator.device
+    different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
+    shown = torch.arange(frames, device=device) % different  # [clips, frames]
+    order = torch.rand(clips, frames, device=device, generator=generator).argsort(dim=1)
+    return shown.gather(1, order)
+
+
+def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator) -> dict[str, torch.Tensor]:
+    """Loss and metrics of one step on C clips: uint8 images [C, F, 3, S, S], labels [C].
+
+        loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself
+    """
+    C, frames = images.shape[:2]
+    images = data.crop_flip(images.flatten(0, 1), generator).view(images.shape)  # [C, F, 3, S, S]
+    shown = random_repeats(C, frames, generator) if args.distinct == "random" else None
+    with machine.autocast():
+        logits, each = model(images, shown)  # [C, K], [C, F, K]
+    logits = logits.float()
+    loss = F_.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+    if args.frame_loss:
+        loss = loss + args.frame_loss * F_.cross_entropy(each.float().flatten(0, 1), labels.repeat_interleave(frames), label_smoothing=args.smoothing)
+    return {"loss": loss, "train": (logits.argmax(1) == labels).float().mean()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames: int, machine: vit.Machine) -> torch.Tensor:
+    """Class logits [c, K] of the clips that show images[index], index [c, n], in turn until `frames` frames are full."""
+    model.eval()
+    logits = []
+    for clips in index.split(1024 // index.shape[1]):
+        shown = (torch.arange(frames, device=images.device) % index.shape[1]).expand(len(clips), -1)  # [b, F]
+        with torch.no_grad(), machine.autocast():
+            logits.append(model(images[clips].float() / 255, shown)[0].float())
+    return torch.cat(logits)
+
+
+def static_accuracy(model, images, labels, frames, machine):
+    index = torch.arange(len(images), device=images.device)[:, None]
+    return vit.accuracy(predict(model, images, index, frames, machine), labels)
+
+
+def train(args: argparse.Namespace) -> None:
+    name = args.name or f"video_{args.model}_{args.blocks}"
+    args.batch = args.clips * args.frames
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    validation = data.load(args.data, "validation", machine.device, args.limit)
+    try:
+        sampler = data.SameClassBatchSampler(labels, args.frames, args.seed)
+    except ValueError as error:
+        sys.exit(f"{error}; choose fewer --frames or a larger --limit")
+    model = MODELS[args.model](vit.make_encoder(args, args.checkpoint), args.blocks, args.frames, ordered=args.positions).to(machine.device)
+
+    listed = labels.tolist()
+    run = vit.Run(args, name, model, machine, len(clip_steps(sampler, listed, args.clips, args.balanced)))
+    for epoch in run.epochs():
+        sampler.set_epoch(epoch)
+        for index in run.steps(clip_steps(sampler, listed, args.clips, args.balanced)):
+            index = index.to(machine.device)
+            metrics = clip_step(model, images[index], labels[index[:, 0]], args, machine, run.generator)
+            metrics["loss"].backward()
+            run.step(**metrics)
+        run.note(validation=static_accuracy(model, *validation, args.frames, machine))
+
+    images, labels = data.load(args.data, args.split, machine.device, args.limit)
+    different = {}
+    for n in (1, 2, 4, 8, 16):
+        index = torch.tensor(list(data.SameClassBatchSampler(labels, n, args.seed)), device=machine.device)  # [c, n]
+        different[n] = vit.accuracy(predict(model, images, index, args.frames, machine), labels[index[:, 0]])
+    print(different)
+    vit.record(args, name, machine, data.describe(args.data), value=different[1], report=REPORT.get(name), different=different,
+               train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                parents=[vit.common_arguments(), vit.training_arguments(epochs=25, lr=1e-3)])
+    p.add_argument("--checkpoint", metavar="FILE", required=True)
+    p.add_argument("--model", choices=list(MODELS), default="encoder")
+    p.add_argument("--blocks", type=vit.positive, default=1)
+    p.add_argument("--frames", type=vit.positive, default=16)
+    p.add_argument("--clips", type=vit.positive, default=10)
+    p.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--positions", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--distinct", choices=["random", "all"], default="random")
+    p.add_argument("--frame-loss", type=float, default=1.0)
+    p.add_argument("--smoothing", type=float, default=0.1)
+    p.set_defaults(run=train)
+    vit.command(p)
+
+
+if __name__ == "__main__":
+    main()
