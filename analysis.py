@@ -208,8 +208,9 @@ class Page:
         self.text(x - 6, y + 6, f"{low:.2f}", 12, anchor="rm")
         self.text(x + width + 6, y + 6, f"{high:.2f}   {label}", 12, anchor="lm")
 
-    def chart(self, box: tuple, lines: dict[str, list], title: str, percent: bool = False) -> None:
-        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height)."""
+    def chart(self, box: tuple, lines: dict[str, list], title: str, percent: bool = False, ticks: dict[int, str] | None = None,
+              below: str = "epoch") -> None:  # fmt: skip
+        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height). `ticks`: place -> its label."""
         x0, y0, w, h = box
         values = [v for line in lines.values() for v in line]
         low, high = min(values), max(values)
@@ -221,9 +222,9 @@ class Page:
             self.draw.line([(x0, y), (x0 + w, y)], fill=(228, 228, 232))
             v = low + (high - low) * k / 4
             self.text(x0 - 6, y, f"{100 * v:.0f} %" if percent else f"{v:.2f}", 12, GREY, "rm")
-        for epoch in sorted({1, (longest + 1) // 2, longest}):
-            self.text(x0 + w * (epoch - 1) / max(1, longest - 1), y0 + h + 6, str(epoch), 12, GREY, "ma")
-        self.text(x0 + w / 2, y0 + h + 20, "epoch", 12, GREY, "ma")
+        for place, label in (ticks or {k: str(k) for k in (1, (longest + 1) // 2, longest)}).items():
+            self.text(x0 + w * (place - 1) / max(1, longest - 1), y0 + h + 6, label, 12, GREY, "ma")
+        self.text(x0 + w / 2, y0 + h + 20, below, 12, GREY, "ma")
         for k, (name, line) in enumerate(lines.items()):
             at = [(x0 + w * i / max(1, longest - 1), y0 + h - h * (v - low) / (high - low)) for i, v in enumerate(line)]
             ink = LINES[k % len(LINES)]
@@ -373,8 +374,8 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 
 
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
-    """Every metric that the training stages noted, epoch by epoch."""
-    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
+    """Every metric that the image stages noted, epoch by epoch."""
+    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in sorted(pathlib.Path(args.out).glob("*.pt")) if not p.stem.startswith("video")}
     if not histories:
         raise FileNotFoundError("no checkpoint")
     panels = {}
@@ -408,8 +409,47 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
     return page
 
 
+def draw_clips(args: argparse.Namespace, footer: str) -> Page:
+    """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself, what the clip says."""
+    stored, names = np.load(pathlib.Path(args.out) / "video_encoder_1.npz"), data.class_names(args.data)
+    weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
+    top, F, cell = weights.max(), weights.shape[1], 52
+    page = Page(200 + cell * F, 40 + 84 * len(weights), "Pseudo-videos: 16 images of one class, and where the temporal CLS token looks",
+                f"Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is {top:.3f}, an even share "
+                f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: the answer to the whole clip. "
+                "These clips are put together by their labels.", footer)  # fmt: skip
+    for k, clip in enumerate(pixels(stored["images"])):
+        y, truth, guess = page.top + 12 + 84 * k, stored["labels"][k], stored["guess"][k]
+        page.text(24, y + 52, names[truth], 14, anchor="lm")
+        page.text(116 + cell * F, y + 52, names[guess], 14, LINES[2] if guess == truth else LINES[4], "lm")
+        for f, frame in enumerate(clip):
+            x, ink = 104 + cell * f, LINES[2] if stored["each"][k, f] == truth else LINES[4]
+            page.draw.rectangle([x, y + 24 - 22 * weights[k, f] / top, x + cell - 5, y + 25], fill=LINES[0])
+            page.draw.rectangle([x - 1, y + 28, x + cell - 4, y + 28 + cell - 4], fill=ink)
+            page.paste(frame, x + 2, y + 31, cell - 9)
+    return page
+
+
+def draw_video(args: argparse.Namespace, footer: str) -> Page:
+    """Accuracy over the number of different images in a clip; learning curves of one block against two."""
+    rows = {name: row for name, row in rows_of(args).items() if "different" in row}
+    places = max((row["different"] for row in rows.values()), key=len)
+    page = Page(1180, 410, "Pseudo-videos: what more images bring, and one block against two",
+                "Left: accuracy over the number of different images of one class that fill the 16 frames. 1: a static video, the test that "
+                "counts; more: put together by\nlabel, so easier. Right: during training, accuracy on static videos of the validation split "
+                "(v) and on the training clips, repeats and all (t).", footer)  # fmt: skip
+    ticks = {k + 1: n for k, n in enumerate(places)}
+    page.chart((70, page.top + 44, 330, 260), {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
+               "accuracy by different images", True, ticks, "different images in the clip")  # fmt: skip
+    histories = {n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"] for n in ("video_encoder_1", "video_encoder_2")}
+    lines = {f"{n.removeprefix('video_')} {key[0]}": h[key] for n, h in histories.items() for key in ("validation", "train")}
+    page.chart((660, page.top + 44, 330, 260), lines, "accuracy while training", True)
+    return page
+
+
 FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps": draw_maps, "tokens": draw_tokens,
-           "cka": draw_cka, "curves": draw_curves, "classes": draw_classes}  # fmt: skip
+           "cka": draw_cka, "curves": draw_curves, "classes": draw_classes,
+           "clips": draw_clips, "video": draw_video}  # fmt: skip
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, dict]:
@@ -449,6 +489,17 @@ TABLE = {
     "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
     "finetune_scratch": ("trained on labels from scratch", None),
     "finetune": ("fine-tuned", "finetune_scratch"),
+    "video_encoder_1": ("video, factorised encoder, one block", "finetune"),
+    "video_encoder_2": ("the same, two blocks", "video_encoder_1"),
+    "video_divided_1": ("video, factorised self-attention, one block", "video_encoder_1"),
+    "video_divided_2": ("the same, two blocks", "video_divided_1"),
+    "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
+    "video_unordered": ("video, one block, without temporal positions", "video_encoder_1"),
+    "video_report_1": ("video, the report's protocol, one block", None),
+    "video_report_2": ("the same, two blocks", "video_report_1"),
+    "video_random": ("one block; 10 clips a step of random classes instead of 1", "video_report_1"),
+    "video_balanced": ("and every class once a step", "video_random"),
+    "video_repeats": ("and 1 to 16 different images a clip (with the per-frame loss: the first row)", "video_balanced"),
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
     "cka_after": ("the same, after fine-tuning", "cka_before"),
     "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),

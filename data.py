@@ -298,7 +298,7 @@ def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generato
            probability: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
 
-    images: [B, 3, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that stayed.
+    images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that stayed.
     The rectangle is the same for the whole batch, its area uniform in [0, 1]; with 1 - `probability` it is empty.
     """
     S = images.shape[-1]
@@ -308,6 +308,12 @@ def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generato
     inside = ((at - x).abs() < half)[None, :] & ((at - y).abs() < half)[:, None]  # [S, S]
     other = torch.randperm(len(images), device=images.device, generator=generator)
     return torch.where(inside, images[other], images), labels[other], 1 - inside.float().mean()
+
+
+def cutmix_loss(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Cross-entropy [] of logits [B, K] with both labels [B] of a mixed image, each by its share of the pixels."""
+    first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
+    return share * first + (1 - share) * second
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -390,7 +396,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
     def __init__(self, labels: torch.Tensor, batch: int = 16, seed: int = 0):
         self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # per class, its indices
         if min(map(len, self.members)) < batch:
-            raise ValueError(f"a class has only {min(map(len, self.members))} images, fewer than one batch of {batch}")
+            raise ValueError(f"a class has only {min(map(len, self.members))} images, fewer than one same-class batch of {batch}")
         self.batch, self.seed, self.epoch = batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -54,10 +54,10 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 
 # ---------------------------------------------------------------- the profile, the data
 [ -n "$profile" ] || { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop; }
-case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning
-  quick)  infonce=2;  m=2;  more=2;  joint=2;  tune=2;  cutmix=0 ;;
-  laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  cutmix=0 ;;  # CutMix pays in long training only
-  full)   infonce=20; m=20; more=20; joint=20; tune=50; cutmix=0.5 ;;
+case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning; of video
+  quick)  infonce=2;  m=2;  more=2;  joint=2;  tune=2;  video_epochs=1;  cutmix=0 ;;
+  laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  video_epochs=6;  cutmix=0 ;;  # CutMix pays in long training only
+  full)   infonce=20; m=20; more=20; joint=20; tune=50; video_epochs=25; cutmix=0.5 ;;
 esac
 
 stage() {  # stage "heading" command: prints both, runs the command
@@ -102,6 +102,24 @@ stage "its linear probe"                               python ssl.py probe --che
 stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix "${common[@]}"
 if [ "$profile" != laptop ]; then  # costs as much again
 stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune --cutmix $cutmix "${common[@]}"
+fi
+
+# ---------------------------------------------------------------- stage 2: pseudo-videos
+video=(python video.py --checkpoint "$out/m_joint.pt" "${common[@]}")
+stage "factorised encoder, one temporal block"         "${video[@]}" --model encoder --blocks 1 --epochs $video_epochs
+stage "the image encoder after it, probed"             python ssl.py probe --checkpoint "$out/video_encoder_1.pt" "${common[@]}"
+stage "factorised encoder, two temporal blocks"        "${video[@]}" --model encoder --blocks 2 --epochs $video_epochs
+if [ "$profile" != laptop ]; then
+stage "factorised self-attention, one block"           "${video[@]}" --model divided --blocks 1 --epochs $video_epochs
+stage "factorised self-attention, two blocks"          "${video[@]}" --model divided --blocks 2 --epochs $video_epochs
+stage "control: no temporal positions"                 "${video[@]}" --no-positions --name video_unordered --epochs $video_epochs
+# from the report's protocol to ours, one change at a time; the last change, the per-frame loss, makes it video_encoder_1
+plain=(--frame-loss 0 --no-repeats --no-balanced)
+stage "the report's protocol: one clip a step"         "${video[@]}" "${plain[@]}" --clips 1 --lr 1e-4 --name video_report_1 --epochs $video_epochs
+stage "the report's protocol, two blocks"              "${video[@]}" "${plain[@]}" --clips 1 --lr 1e-4 --blocks 2 --name video_report_2 --epochs $video_epochs
+stage "ten clips a step"                               "${video[@]}" "${plain[@]}" --name video_random --epochs $video_epochs
+stage "and every class in each step"                   "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced --epochs $video_epochs
+stage "and a random number of different images"        "${video[@]}" --frame-loss 0 --name video_repeats --epochs $video_epochs
 fi
 
 # ---------------------------------------------------------------- what was learned

@@ -113,9 +113,7 @@ def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
     images, other, share = data.cutmix(images, labels, generator, args.cutmix)
     with machine.autocast():
         logits = model(images)  # [B, K]
-    logits = logits.float()
-    loss = share * F.cross_entropy(logits, labels, label_smoothing=args.smoothing)
-    loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=args.smoothing)
+    loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)
     return {"loss": loss, "train": (logits.argmax(1) == labels).float().mean()}
 
 

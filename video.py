@@ -25,13 +25,12 @@ import copy
 import sys
 
 import torch
-import torch.nn.functional as F_
 from torch import nn
 
 import data
 import vit
 
-REPORT = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244, "video_report_1": 0.4404, "video_report_2": 0.4244}
+REPORT = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244, "video_report_1": 0.4404, "video_report_2": 0.4244}  # test accuracies
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two networks
@@ -141,8 +140,8 @@ MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> tuple[torch.Tensor, ...]:
-    """One epoch of the sampler's clips, `clips` per optimiser step: index tensors [clips, F].
+def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> torch.Tensor:
+    """One epoch of the sampler's clips, `clips` per optimiser step: indices [steps, clips, F].
 
     `balanced`: the classes take turns, so that 10 clips hold each of the 10 classes once; what a class has more than
     the smallest one is left out. A rest smaller than a step is dropped.
@@ -153,7 +152,8 @@ def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: in
         for clip in epoch:
             of_class.setdefault(labels[clip[0]], []).append(clip)
         epoch = [clip for turn in zip(*of_class.values()) for clip in turn]
-    return torch.tensor(epoch)[: len(epoch) - len(epoch) % clips].split(clips)
+    steps = len(epoch) // clips
+    return torch.tensor(epoch[: steps * clips]).view(steps, clips, sampler.batch)
 
 
 def random_repeats(clips: int, frames: int, generator: torch.Generator) -> torch.Tensor:
@@ -165,20 +165,24 @@ def random_repeats(clips: int, frames: int, generator: torch.Generator) -> torch
     return shown.gather(1, order)
 
 
-def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator) -> dict[str, torch.Tensor]:
+def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator=None) -> dict[str, torch.Tensor]:
     """Loss and metrics of one step on C clips: uint8 images [C, F, 3, S, S], labels [C].
 
         loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself
+
+    Augmentation and loss are in float32, only the network in autocast.
     """
     C, frames = images.shape[:2]
     images = data.crop_flip(images.flatten(0, 1), generator).view(images.shape)  # [C, F, 3, S, S]
-    shown = random_repeats(C, frames, generator) if args.distinct == "random" else None
+    # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle from one other clip
+    mixed, other, share = data.cutmix(images.flatten(1, 2), labels, generator, args.cutmix)  # [C, F*3, S, S]
+    shown = random_repeats(C, frames, generator) if args.repeats else None
     with machine.autocast():
-        logits, each = model(images, shown)  # [C, K], [C, F, K]
-    logits = logits.float()
-    loss = F_.cross_entropy(logits, labels, label_smoothing=args.smoothing)
+        logits, each = model(mixed.view(images.shape), shown)  # [C, K], [C, F, K]
+    loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)
     if args.frame_loss:
-        loss = loss + args.frame_loss * F_.cross_entropy(each.float().flatten(0, 1), labels.repeat_interleave(frames), label_smoothing=args.smoothing)
+        own = [y.repeat_interleave(frames) for y in (labels, other)]  # [C*F] each
+        loss = loss + args.frame_loss * data.cutmix_loss(each.flatten(0, 1), *own, share, args.smoothing)
     return {"loss": loss, "train": (logits.argmax(1) == labels).float().mean()}
 
 
@@ -188,67 +192,92 @@ def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args
 
 
 def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames: int, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [c, K] of the clips that show images[index], index [c, n], in turn until `frames` frames are full."""
+    """Class logits [c, K], float32, of the clips that show images[index], index [c, n], in turn until `frames` are full.
+
+    images: uint8 [N, 3, S, S]. With n = 1 these are static videos.
+    """
     model.eval()
+    C, n = index.shape
+    shown = (torch.arange(frames, device=images.device) % n).expand(C, -1)  # [c, F]
     logits = []
-    for clips in index.split(1024 // index.shape[1]):
-        shown = (torch.arange(frames, device=images.device) % index.shape[1]).expand(len(clips), -1)  # [b, F]
+    for i, s in zip(index.split(1024 // frames), shown.split(1024 // frames)):
         with torch.no_grad(), machine.autocast():
-            logits.append(model(images[clips].float() / 255, shown)[0].float())
+            logits.append(model(images[i].float() / 255, s)[0].float())
     return torch.cat(logits)
 
 
-def static_accuracy(model, images, labels, frames, machine):
-    index = torch.arange(len(images), device=images.device)[:, None]
-    return vit.accuracy(predict(model, images, index, frames, machine), labels)
+def same_class_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, different: int, args, machine) -> float:
+    """Accuracy on clips of so many `different` images of one class. 1: static videos, every image once. More: the labels
+    were used to put the clip together, so this says what a vote would bring, not how well an image is recognised."""
+    index = torch.tensor(list(data.SameClassBatchSampler(labels, different, args.seed)), device=images.device)  # [c, n]
+    return vit.accuracy(predict(model, images, index, args.frames, machine), labels[index[:, 0]])
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train on pseudo-videos, everything from the image encoder to the head; judge on static videos; writes out/NAME.pt."""
     name = args.name or f"video_{args.model}_{args.blocks}"
     args.batch = args.clips * args.frames
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation = data.load(args.data, "validation", machine.device, args.limit)
+    encoder = vit.make_encoder(args, args.checkpoint)
+    if args.blocks > len(encoder.blocks):
+        sys.exit(f"the encoder in {args.checkpoint} has only {len(encoder.blocks)} blocks to start from; choose fewer --blocks")
     try:
         sampler = data.SameClassBatchSampler(labels, args.frames, args.seed)
     except ValueError as error:
-        sys.exit(f"{error}; choose fewer --frames or a larger --limit")
-    model = MODELS[args.model](vit.make_encoder(args, args.checkpoint), args.blocks, args.frames, ordered=args.positions).to(machine.device)
+        sys.exit(f"{error}; choose a larger --limit or fewer --frames")
+    model = MODELS[args.model](encoder, args.blocks, args.frames, ordered=args.positions).to(machine.device)
 
-    listed = labels.tolist()
-    run = vit.Run(args, name, model, machine, len(clip_steps(sampler, listed, args.clips, args.balanced)))
+    classes = labels.tolist()
+    steps = len(clip_steps(sampler, classes, args.clips, args.balanced))
+    if not steps:
+        sys.exit(f"{name}: fewer clips than one step of {args.clips}; choose fewer --clips or a larger --limit")
+    run = vit.Run(args, name, model, machine, steps)
     for epoch in run.epochs():
         sampler.set_epoch(epoch)
-        for index in run.steps(clip_steps(sampler, listed, args.clips, args.balanced)):
-            index = index.to(machine.device)
+        for index in run.steps(clip_steps(sampler, classes, args.clips, args.balanced)):
+            index = index.to(machine.device)  # [C, F]
             metrics = clip_step(model, images[index], labels[index[:, 0]], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
-        run.note(validation=static_accuracy(model, *validation, args.frames, machine))
+        run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))
 
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    different = {}
-    for n in (1, 2, 4, 8, 16):
-        index = torch.tensor(list(data.SameClassBatchSampler(labels, n, args.seed)), device=machine.device)  # [c, n]
-        different[n] = vit.accuracy(predict(model, images, index, args.frames, machine), labels[index[:, 0]])
-    print(different)
+    at_most = min(args.frames, int(labels.bincount().min()))  # a clip can't have more different images than that
+    different = {n: same_class_accuracy(model, images, labels, n, args, machine) for n in (1, 2, 4, 8, 16) if n <= at_most}
+    if args.model == "encoder":
+        keep_attention(run.path.with_suffix(".npz"), model, images, labels, args.frames)
     vit.record(args, name, machine, data.describe(args.data), value=different[1], report=REPORT.get(name), different=different,
-               train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)
+               train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)  # fmt: skip
+
+
+def keep_attention(path, model: FactorisedEncoder, images: torch.Tensor, labels: torch.Tensor, frames: int) -> None:
+    """For the figure: the first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers."""
+    own = [(labels == k).nonzero()[:frames, 0] for k in labels.unique()]
+    index = torch.stack([i for i in own if len(i) == frames])  # [K, F]
+    trace = []
+    with torch.no_grad():
+        logits, each = model.eval()(images[index].float() / 255, trace=trace)  # [K, K], [K, F, K]
+    weights = trace[-1]["weights"].mean(dim=1)[:, 0]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F], the mean of the heads
+    vit.write_npz(path, images=images[index], labels=labels[index[:, 0]], weights=weights, guess=logits.argmax(1), each=each.argmax(2))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                parents=[vit.common_arguments(), vit.training_arguments(epochs=25, lr=1e-3)])
-    p.add_argument("--checkpoint", metavar="FILE", required=True)
-    p.add_argument("--model", choices=list(MODELS), default="encoder")
-    p.add_argument("--blocks", type=vit.positive, default=1)
-    p.add_argument("--frames", type=vit.positive, default=16)
-    p.add_argument("--clips", type=vit.positive, default=10)
-    p.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--positions", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--distinct", choices=["random", "all"], default="random")
-    p.add_argument("--frame-loss", type=float, default=1.0)
-    p.add_argument("--smoothing", type=float, default=0.1)
+    common, training = vit.common_arguments(), vit.training_arguments(epochs=25, lr=1e-3, batch=None)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common, training])
+    p.add_argument("--checkpoint", metavar="FILE", required=True, help="start from the image encoder in this checkpoint")
+    p.add_argument("--model", choices=list(MODELS), default="encoder", help="how attention is factorised (default: %(default)s)")
+    p.add_argument("--blocks", type=vit.positive, default=1, help="spatio-temporal blocks (default: %(default)s)")
+    p.add_argument("--frames", type=vit.positive, default=16, help="images of a clip (default: %(default)s)")
+    yes_no = argparse.BooleanOptionalAction
+    p.add_argument("--positions", action=yes_no, default=True, help="tell the temporal attention which frame is which (default: yes)")
+    p.add_argument("--clips", type=vit.positive, default=10, help="clips per step (default: %(default)s; the report: 1)")
+    p.add_argument("--balanced", action=yes_no, default=True, help="let the classes take turns, so that 10 clips have all 10 (default: yes)")
+    p.add_argument("--repeats", action=yes_no, default=True, help="clips of 1 to 16 different images, at random, instead of always 16 (default: yes)")
+    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image by itself as well (default: %(default)s)")
+    p.add_argument("--cutmix", type=float, default=0.0, help="share of steps whose clips are mixed by CutMix (default: none)")
+    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)
     vit.command(p)
 

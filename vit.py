@@ -530,11 +530,12 @@ def common_arguments() -> argparse.ArgumentParser:
     return p
 
 
-def training_arguments(epochs: int, lr: float, batch: int = 128) -> argparse.ArgumentParser:
-    """The options of every training stage, with this stage's defaults, to be used as a parent parser."""
+def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argparse.ArgumentParser:
+    """The options of every training stage, with this stage's defaults, to be used as a parent parser (batch None: no --batch)."""
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
-    p.add_argument("--batch", type=positive, default=batch, help="images per step (default: %(default)s)")
+    if batch:
+        p.add_argument("--batch", type=positive, default=batch, help="images per step (default: %(default)s)")
     p.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
     p.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")

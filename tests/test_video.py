@@ -1,0 +1,273 @@
+"""Stage 2: both factorisations against independent versions, the clips, the way static videos are judged, the command."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch import nn
+
+import data
+import video
+import vit
+
+F = 4  # frames
+
+
+def small(kind, blocks=1, ordered=True):
+    """A small model whose gates are open, so that everything in it matters."""
+    model = video.MODELS[kind](vit.ViT(dim=32, depth=3), blocks, F, ordered=ordered).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("gate"):
+            nn.init.ones_(p)
+    return model
+
+
+def clips(number=3, images=F):
+    return data.synthetic(number * images)[0].view(number, images, 3, 32, 32) / 255
+
+
+both = pytest.mark.parametrize("kind", ["encoder", "divided"])
+
+# -------------------------------------------------------------------------------------------------- against torch's own
+
+
+def torch_attention(ours, x):
+    """nn.MultiheadAttention with our weights: [B, T, D] -> [B, T, D]."""
+    theirs = nn.MultiheadAttention(x.shape[-1], ours.heads, batch_first=True).eval()
+    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})  # fmt: skip
+    return theirs(x, x, x)[0]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_divided_attention_equals_multihead_attention_over_patches_then_over_frames(blocks):
+    """The oracle has no reshape of whole batches: it takes one frame, then one patch position, at a time."""
+    model, x = small("divided", blocks), clips()
+    with torch.no_grad():
+        found, each = model(x)
+        for c in range(len(x)):
+            h = model.encoder.embed(x[c])  # [F, T, D]
+            for i, block in enumerate(model.encoder.blocks):
+                h = torch.stack([h[f] + torch_attention(block.attn, block.norm1(h[f])[None])[0] for f in range(F)])
+                if i >= 3 - blocks:
+                    t = model.temporal[i - (3 - blocks)]
+                    places = [torch_attention(t.attn, t.norm(h[:, p] + t.positions)[None])[0] for p in range(h.shape[1])]  # [F, D] each
+                    h = h + torch.stack(places, dim=1)  # the gates are one
+                h = h + block.mlp(block.norm2(h))
+            cls = model.encoder.norm(h)[:, 0]  # [F, D]
+            torch.testing.assert_close(found[c], model.head(cls.mean(dim=0)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(each[c], model.frame_head(cls), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
+    model, x = small("encoder", blocks), clips()
+    layer = nn.TransformerEncoderLayer(32, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoder(layer, blocks, norm=nn.LayerNorm(32), enable_nested_tensor=False).eval()
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.0.", "linear2.": "mlp.2.",
+             "layers.": "blocks."}  # fmt: skip
+    state = model.state_dict()
+    for key in theirs.state_dict():
+        ours = key
+        for a, b in names.items():
+            ours = ours.replace(a, b)
+        theirs.state_dict()[key].copy_(state[ours])
+    with torch.no_grad():
+        cls = torch.stack([model.encoder(clip)[:, 0] for clip in x]) + model.positions  # [C, F, D]
+        x_in = torch.cat([model.cls.expand(len(x), -1, -1), cls], dim=1)
+        torch.testing.assert_close(model(x)[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- where they start
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_divided_attention_starts_as_model_m_on_each_frame(blocks):
+    encoder, x = vit.ViT(dim=32, depth=3).eval(), clips()
+    model = video.FactorisedAttention(encoder, blocks, F).eval()
+    with torch.no_grad():
+        cls = torch.stack([encoder(clip)[:, 0] for clip in x])  # [C, F, D]
+        logits, each = model(x)
+        torch.testing.assert_close(each, model.frame_head(cls))
+        torch.testing.assert_close(logits, model.head(cls.mean(dim=1)))
+    for temporal, block in zip(model.temporal, encoder.blocks[-blocks:]):
+        assert all(torch.equal(a, b) for a, b in zip(temporal.attn.parameters(), block.attn.parameters()))
+    logits, _ = model(x)
+    logits.square().sum().backward()
+    assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), "a gate that gets no gradient would stay shut"
+
+
+def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
+    encoder = vit.ViT(dim=32, depth=3)
+    model = video.FactorisedEncoder(encoder, 2, F)
+    ours, theirs = list(model.blocks.parameters()), list(encoder.blocks[1:].parameters())
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(ours, theirs, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------- what may mix, what not
+
+
+@both
+def test_a_batch_of_clips_gives_what_the_clips_give_one_by_one(kind):
+    model, x = small(kind, 2), clips()
+    with torch.no_grad():
+        for together, alone in zip(model(x), zip(*(model(clip[None]) for clip in x))):
+            torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_no_gradient_flows_between_clips(kind):
+    model, x = small(kind, 2), clips().requires_grad_()
+    model(x)[0][0].sum().backward()
+    assert x.grad[0].abs().amax(dim=(1, 2, 3)).min() > 0, "every frame of a clip has its say"
+    assert x.grad[1:].abs().max() == 0
+
+
+def test_no_gradient_flows_between_frames_in_the_spatial_step():
+    model, x = small("encoder"), clips().requires_grad_()
+    model(x)[1][1, 2].sum().backward()
+    others = x.grad.flatten(0, 1)[torch.arange(3 * F) != F + 2]
+    assert x.grad[1, 2].abs().max() > 0 and others.abs().max() == 0
+
+
+def test_the_temporal_step_mixes_the_same_patch_position_of_the_same_clip_only():
+    temporal, x = small("divided").temporal[0], torch.randn(3 * F, 17, 32, requires_grad=True)
+    temporal(x, F).view(3, F, 17, 32)[1, 2, 5].sum().backward()
+    seen = x.grad.view(3, F, 17, 32).abs().amax(dim=-1) > 0  # [C, F, T]
+    expected = torch.zeros(3, F, 17, dtype=torch.bool)
+    expected[1, :, 5] = True
+    assert torch.equal(seen, expected)
+
+
+@both
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_order_of_frames_matters_only_to_temporal_positions(kind, ordered):
+    model, x = small(kind, 2, ordered), clips()
+    with torch.no_grad():
+        difference = (model(x)[0] - model(x[:, [2, 0, 3, 1]])[0]).abs().max()
+    assert (difference > 1e-4) if ordered else (difference < 1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- clips
+
+
+@both
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_image_shown_in_several_frames_is_what_copies_of_it_are(kind, images):
+    """With one image this is the static video, judged at the price of one image where frames do not mix."""
+    model, x = small(kind, 2), clips(images=images)
+    shown = (torch.arange(F) % images).expand(3, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, shown)[0], model(x[:, shown[0]])[0], rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_predict_shows_the_images_in_turn_until_the_clip_is_full(kind):
+    model, images = small(kind), data.synthetic(6)[0]
+    found = video.predict(model, images, torch.tensor([[4, 1], [0, 5]]), F, vit.Machine("cpu", "float32"))
+    with torch.no_grad():
+        by_hand = torch.cat([model(images[torch.tensor([shown])] / 255)[0] for shown in ([4, 1, 4, 1], [0, 5, 0, 5])])
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_balanced_steps_hold_every_class_once_and_no_image_twice():
+    labels = torch.arange(10).repeat_interleave(33)[:-6][torch.randperm(324)]  # the last class is smaller
+    sampler = data.SameClassBatchSampler(labels, F)
+    steps = video.clip_steps(sampler, labels.tolist(), 10, balanced=True)
+    assert len(steps) == 27 // F
+    for index in steps:
+        assert index.shape == (10, F) and sorted(labels[index[:, 0]].tolist()) == list(range(10))
+        assert (labels[index] == labels[index[:, :1]]).all()
+    used = steps.flatten()
+    assert len(used.unique()) == len(used)
+
+
+def test_steps_that_are_not_balanced_use_every_whole_clip_in_random_order():
+    labels = torch.arange(10).repeat_interleave(40)
+    steps = video.clip_steps(data.SameClassBatchSampler(labels, F), labels.tolist(), 10, balanced=False)
+    assert torch.equal(steps.flatten().sort().values, torch.arange(400))
+    assert any(len(labels[index[:, 0]].unique()) < 10 for index in steps)
+
+
+def test_random_repeats_show_1_to_f_images_as_evenly_as_they_go():
+    shown = video.random_repeats(2000, F, torch.Generator().manual_seed(0))
+    counts = torch.stack([row.bincount(minlength=F) for row in shown])  # [clips, F], how often each image is shown
+    different = (counts > 0).sum(dim=1)
+    for n in range(1, F + 1):
+        some = counts[different == n]
+        assert 400 < len(some) < 600 and (some[:, n:] == 0).all() and (some[:, :n].amax(1) - some[:, :n].amin(1) <= 1).all()
+    assert (shown[:, 0] > 0).any(), "frames come in random order"
+
+
+# -------------------------------------------------------------------------------------------------- the step, the command
+
+
+def options(**more):
+    return argparse.Namespace(**{"smoothing": 0.1, "frame_loss": 1.0, "repeats": True, "cutmix": 0.5} | more)
+
+
+@both
+def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(kind):
+    """See the test of the same name in test_ssl.py."""
+    model, machine = small(kind).to("meta"), vit.Machine("meta", "float32")
+    images, labels = torch.empty(2, F, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    metrics = video.clip_step(model, images, labels, options(repeats=False), machine)
+    metrics["loss"].backward()
+    assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
+
+
+@both
+def test_the_loss_falls(kind):
+    images, labels = data.synthetic(400)
+    index = video.clip_steps(data.SameClassBatchSampler(labels, F), labels.tolist(), 10, True).flatten(0, 1)
+    model, machine, g = small(kind), vit.Machine("cpu", "float32"), torch.Generator().manual_seed(0)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    for _ in range(40):
+        loss = video.clip_step(model, images[index[:20]], labels[index[:20, 0]], options(), machine, g)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.95 * sum(losses[:5]) / 5
+
+
+TINY = ["--data", "synthetic", "--limit", 400, "--device", "cpu", "--precision", "float32", "--split", "test"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("m")
+    run("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--epochs", 1, "--out", out, *TINY)
+    return out / "m.pt"
+
+
+def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
+    command = ["video.py", "--checkpoint", pretrained, "--epochs", 1, "--out", tmp_path, *TINY]
+    for model, blocks in (("encoder", 1), ("encoder", 2), ("divided", 1)):
+        run(*command, "--model", model, "--blocks", blocks)
+    run(*command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {"video_encoder_1", "video_encoder_2", "video_divided_1", "video_report_1"} == rows.keys()
+    for row in rows.values():
+        assert row["value"] == row["different"]["1"] and list(row["different"]) == ["1", "2", "4", "8", "16"]
+    assert rows["video_report_1"]["report"] == 0.4404
+    drawn = run("analysis.py", "figures", "--out", tmp_path, *TINY)
+    assert "video.png" in drawn and "clips.png" in drawn, drawn
+    assert "factorised encoder" in run("analysis.py", "report", "--out", tmp_path, *TINY)
+    assert "finished before" in run(*command)
+    run("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
+    assert "another frames" in run(*command, "--frames", 8, code=1)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--limit", 100], "fewer than one same-class batch of 16"),
+    (["--dim", 64], "has --dim 32, not 64"),
+    (["--patch", 4], "has --patch 8, not 4"),
+    (["--blocks", 7], "has only 6 blocks"),
+    (["--clips", 100], "fewer clips than one step of"),
+    (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+])  # fmt: skip
+def test_mistakes_get_one_clear_sentence(tmp_path, pretrained, more, message):
+    assert message in run("video.py", "--checkpoint", pretrained, "--out", tmp_path, *TINY, *more, code=1)
