@@ -215,6 +215,7 @@ class Page:
         values = [v for line in lines.values() for v in line]
         low, high = min(values), max(values)
         high, low = high + 0.05 * (high - low + 1e-9), low - 0.05 * (high - low + 1e-9)
+        high = min(high, 1) if percent else high
         longest = max(map(len, lines.values()))
         self.text(x0, y0 - 24, title, 15)
         for k in range(5):
@@ -414,7 +415,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
     stored, names = np.load(pathlib.Path(args.out) / "video_encoder_1.npz"), data.class_names(args.data)
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
-    page = Page(200 + cell * F, 40 + 84 * len(weights), "Pseudo-videos: 16 images of one class, and where the temporal CLS token looks",
+    page = Page(220 + cell * F, 40 + 84 * len(weights), "Pseudo-videos: 16 images of one class, and where the temporal CLS token looks",
                 f"Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is {top:.3f}, an even share "
                 f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: the answer to the whole clip. "
                 "These clips are put together by their labels.", footer)  # fmt: skip
@@ -424,7 +425,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
         page.text(116 + cell * F, y + 52, names[guess], 14, LINES[2] if guess == truth else LINES[4], "lm")
         for f, frame in enumerate(clip):
             x, ink = 104 + cell * f, LINES[2] if stored["each"][k, f] == truth else LINES[4]
-            page.draw.rectangle([x, y + 24 - 22 * weights[k, f] / top, x + cell - 5, y + 25], fill=LINES[0])
+            page.draw.rectangle([x + 12, y + 24 - 22 * weights[k, f] / top, x + cell - 17, y + 25], fill=LINES[0])
             page.draw.rectangle([x - 1, y + 28, x + cell - 4, y + 28 + cell - 4], fill=ink)
             page.paste(frame, x + 2, y + 31, cell - 9)
     return page
@@ -436,13 +437,13 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
     places = max((row["different"] for row in rows.values()), key=len)
     page = Page(1180, 410, "Pseudo-videos: what more images bring, and one block against two",
                 "Left: accuracy over the number of different images of one class that fill the 16 frames. 1: a static video, the test that "
-                "counts; more: put together by\nlabel, so easier. Right: during training, accuracy on static videos of the validation split "
-                "(v) and on the training clips, repeats and all (t).", footer)  # fmt: skip
+                "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos of the validation split "
+                "and on the training clips (augmented, as trained).", footer)  # fmt: skip
     ticks = {k + 1: n for k, n in enumerate(places)}
     page.chart((70, page.top + 44, 330, 260), {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
                "accuracy by different images", True, ticks, "different images in the clip")  # fmt: skip
     histories = {n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"] for n in ("video_encoder_1", "video_encoder_2")}
-    lines = {f"{n.removeprefix('video_')} {key[0]}": h[key] for n, h in histories.items() for key in ("validation", "train")}
+    lines = {f"{n.removeprefix('video_')}, {what}": h[key] for n, h in histories.items() for key, what in (("validation", "static"), ("train", "training"))}
     page.chart((660, page.top + 44, 330, 260), lines, "accuracy while training", True)
     return page
 
@@ -495,11 +496,13 @@ TABLE = {
     "video_divided_2": ("the same, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
     "video_unordered": ("video, one block, without temporal positions", "video_encoder_1"),
-    "video_report_1": ("video, the report's protocol, one block", None),
+    "video_report_1": ("video, the report's training, one block", None),
     "video_report_2": ("the same, two blocks", "video_report_1"),
-    "video_random": ("one block; 10 clips a step of random classes instead of 1", "video_report_1"),
+    "video_report_1_probe": ("linear probe of the image encoder after it", "m_joint_probe"),
+    "video_random": ("one block; 10 clips a step instead of 1", "video_report_1"),
     "video_balanced": ("and every class once a step", "video_random"),
-    "video_repeats": ("and 1 to 16 different images a clip (with the per-frame loss: the first row)", "video_balanced"),
+    "video_repeats": ("and 1 to 16 different images a clip", "video_balanced"),
+    "video_frame_loss": ("and every image classified by itself, too", "video_repeats"),
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
     "cka_after": ("the same, after fine-tuning", "cka_before"),
     "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),

@@ -199,8 +199,8 @@ def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames:
     model.eval()
     C, n = index.shape
     shown = (torch.arange(frames, device=images.device) % n).expand(C, -1)  # [c, F]
-    logits = []
-    for i, s in zip(index.split(1024 // frames), shown.split(1024 // frames)):
+    logits, batch = [], max(1, 1024 // frames)
+    for i, s in zip(index.split(batch), shown.split(batch)):
         with torch.no_grad(), machine.autocast():
             logits.append(model(images[i].float() / 255, s)[0].float())
     return torch.cat(logits)
@@ -243,19 +243,22 @@ def train(args: argparse.Namespace) -> None:
             run.step(**metrics)
         run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))
 
+    if vit.measured(args, name, run.path):
+        return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    at_most = min(args.frames, int(labels.bincount().min()))  # a clip can't have more different images than that
-    different = {n: same_class_accuracy(model, images, labels, n, args, machine) for n in (1, 2, 4, 8, 16) if n <= at_most}
-    if args.model == "encoder":
+    smallest = int(labels.bincount()[labels.unique()].min())  # images of the rarest class
+    different = {n: same_class_accuracy(model, images, labels, n, args, machine)
+                 for n in (1, 2, 4, 8, 16) if n <= min(smallest, args.frames)}  # fmt: skip
+    if args.model == "encoder" and smallest >= args.frames:
         keep_attention(run.path.with_suffix(".npz"), model, images, labels, args.frames)
     vit.record(args, name, machine, data.describe(args.data), value=different[1], report=REPORT.get(name), different=different,
-               train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)  # fmt: skip
+               train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds,
+               weights=vit.fingerprint(run.path))  # fmt: skip
 
 
 def keep_attention(path, model: FactorisedEncoder, images: torch.Tensor, labels: torch.Tensor, frames: int) -> None:
     """For the figure: the first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers."""
-    own = [(labels == k).nonzero()[:frames, 0] for k in labels.unique()]
-    index = torch.stack([i for i in own if len(i) == frames])  # [K, F]
+    index = torch.stack([(labels == k).nonzero()[:frames, 0] for k in labels.unique()])  # [K, F]
     trace = []
     with torch.no_grad():
         logits, each = model.eval()(images[index].float() / 255, trace=trace)  # [K, K], [K, F, K]
