@@ -376,7 +376,8 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     """Every metric that the image stages noted, epoch by epoch."""
-    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in sorted(pathlib.Path(args.out).glob("*.pt")) if not p.stem.startswith("video")}
+    states = {p.stem: vit.read_checkpoint(p) for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
+    histories = {name: s["history"] for name, s in states.items() if "frames" not in s["settings"]}  # video.py's have a figure of their own
     if not histories:
         raise FileNotFoundError("no checkpoint")
     panels = {}
@@ -415,7 +416,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
     stored, names = np.load(pathlib.Path(args.out) / "video_encoder_1.npz"), data.class_names(args.data)
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
-    page = Page(220 + cell * F, 40 + 84 * len(weights), "Pseudo-videos: 16 images of one class, and where the temporal CLS token looks",
+    page = Page(220 + cell * F, 40 + 84 * len(weights), f"Pseudo-videos: {F} images of one class, and where the temporal CLS token looks",
                 f"Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is {top:.3f}, an even share "
                 f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: the answer to the whole clip. "
                 "These clips are put together by their labels.", footer)  # fmt: skip
@@ -433,10 +434,13 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_video(args: argparse.Namespace, footer: str) -> Page:
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
-    rows = {name: row for name, row in rows_of(args).items() if "different" in row}
+    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "frame_loss")  # as many as there are colours
+    rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
+    if not rows:
+        raise FileNotFoundError("no row of video.py")
     places = max((row["different"] for row in rows.values()), key=len)
     page = Page(1180, 410, "Pseudo-videos: what more images bring, and one block against two",
-                "Left: accuracy over the number of different images of one class that fill the 16 frames. 1: a static video, the test that "
+                "Left: accuracy over the number of different images of one class that fill the frames. 1: a static video, the test that "
                 "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos of the validation split "
                 "and on the training clips (augmented, as trained).", footer)  # fmt: skip
     ticks = {k + 1: n for k, n in enumerate(places)}
@@ -495,11 +499,11 @@ TABLE = {
     "video_divided_1": ("video, factorised self-attention, one block", "video_encoder_1"),
     "video_divided_2": ("the same, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
-    "video_unordered": ("video, one block, without temporal positions", "video_encoder_1"),
+    "video_unordered": ("video, factorised encoder, one block, without temporal positions", "video_encoder_1"),
     "video_report_1": ("video, the report's training, one block", None),
-    "video_report_2": ("the same, two blocks", "video_report_1"),
     "video_report_1_probe": ("linear probe of the image encoder after it", "m_joint_probe"),
-    "video_random": ("one block; 10 clips a step instead of 1", "video_report_1"),
+    "video_report_2": ("the report's training, two blocks", "video_report_1"),
+    "video_random": ("one block; 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
     "video_balanced": ("and every class once a step", "video_random"),
     "video_repeats": ("and 1 to 16 different images a clip", "video_balanced"),
     "video_frame_loss": ("and every image classified by itself, too", "video_repeats"),

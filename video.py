@@ -12,7 +12,7 @@ A test image is judged as a static video: F times itself.
 
 Depends on vit.py and data.py: copy this file with those two. Its loop is `train` below.
 
-    python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 4 --out runs/mine
+    python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 6 --out runs/mine
 
 Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the gate).
 Shape letters as in vit.py; also C clips, F frames of a clip, n different images of a clip (frames may repeat them).
@@ -137,6 +137,12 @@ MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clips
+#
+# 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right. Trained on
+# that alone, the network stops at "half of them", and the loss, already small, no longer says what is wrong with any
+# single image. A static video has no other images to vote with, and no training clip looked like it. Hence two additions:
+# every image must also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and
+# clips have a random number of different images (--repeats), from a static video to 16.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +162,8 @@ def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: in
     return torch.tensor(epoch[: steps * clips]).view(steps, clips, sampler.batch)
 
 
-def random_repeats(clips: int, frames: int, generator: torch.Generator) -> torch.Tensor:
+def random_repeats(clips: int, frames: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """Which image each frame shows, [clips, frames], when a clip has a random number of different images, 1 to `frames`."""
-    device = generator.device
     different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
     shown = torch.arange(frames, device=device) % different  # [clips, frames]
     order = torch.rand(clips, frames, device=device, generator=generator).argsort(dim=1)
@@ -168,7 +173,7 @@ def random_repeats(clips: int, frames: int, generator: torch.Generator) -> torch
 def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator=None) -> dict[str, torch.Tensor]:
     """Loss and metrics of one step on C clips: uint8 images [C, F, 3, S, S], labels [C].
 
-        loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself
+        loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself (divided: of every frame)
 
     Augmentation and loss are in float32, only the network in autocast.
     """
@@ -176,7 +181,7 @@ def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args
     images = data.crop_flip(images.flatten(0, 1), generator).view(images.shape)  # [C, F, 3, S, S]
     # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle from one other clip
     mixed, other, share = data.cutmix(images.flatten(1, 2), labels, generator, args.cutmix)  # [C, F*3, S, S]
-    shown = random_repeats(C, frames, generator) if args.repeats else None
+    shown = random_repeats(C, frames, images.device, generator) if args.repeats else None
     with machine.autocast():
         logits, each = model(mixed.view(images.shape), shown)  # [C, K], [C, F, K]
     loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)
@@ -236,21 +241,21 @@ def train(args: argparse.Namespace) -> None:
     run = vit.Run(args, name, model, machine, steps)
     for epoch in run.epochs():
         sampler.set_epoch(epoch)
-        for index in run.steps(clip_steps(sampler, classes, args.clips, args.balanced)):
-            index = index.to(machine.device)  # [C, F]
+        for index in run.steps(clip_steps(sampler, classes, args.clips, args.balanced).to(machine.device)):  # [C, F]
             metrics = clip_step(model, images[index], labels[index[:, 0]], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
         run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))
 
-    if vit.measured(args, name, run.path):
+    kept = run.path.with_suffix(".npz")
+    if vit.measured(args, name, run.path) and (kept.exists() or args.model == "divided"):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
     smallest = int(labels.bincount()[labels.unique()].min())  # images of the rarest class
     different = {n: same_class_accuracy(model, images, labels, n, args, machine)
-                 for n in (1, 2, 4, 8, 16) if n <= min(smallest, args.frames)}  # fmt: skip
+                 for n in sorted({1, 2, 4, 8, 16, args.frames}) if n <= min(smallest, args.frames)}  # fmt: skip
     if args.model == "encoder" and smallest >= args.frames:
-        keep_attention(run.path.with_suffix(".npz"), model, images, labels, args.frames)
+        keep_attention(kept, model, images, labels, args.frames)
     vit.record(args, name, machine, data.describe(args.data), value=different[1], report=REPORT.get(name), different=different,
                train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds,
                weights=vit.fingerprint(run.path))  # fmt: skip
@@ -277,8 +282,8 @@ def main() -> None:
     p.add_argument("--positions", action=yes_no, default=True, help="tell the temporal attention which frame is which (default: yes)")
     p.add_argument("--clips", type=vit.positive, default=10, help="clips per step (default: %(default)s; the report: 1)")
     p.add_argument("--balanced", action=yes_no, default=True, help="let the classes take turns, so that 10 clips have all 10 (default: yes)")
-    p.add_argument("--repeats", action=yes_no, default=True, help="clips of 1 to 16 different images, at random, instead of always 16 (default: yes)")
-    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image by itself as well (default: %(default)s)")
+    p.add_argument("--repeats", action=yes_no, default=True, help="clips of 1 to --frames different images, at random, instead of always --frames (default: yes)")
+    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image (divided: frame) by itself as well (default: %(default)s)")
     p.add_argument("--cutmix", type=float, default=0.0, help="share of steps whose clips are mixed by CutMix (default: none)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)

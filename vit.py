@@ -343,7 +343,7 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        sys.exit(f"there is no checkpoint {path}; `python ssl.py pretrain` makes one")
+        sys.exit(f"there is no checkpoint {path}; a stage of this project makes one, `python ssl.py pretrain` the first")
     except Exception:  # torch.load raises many kinds of error on a file that isn't its own
         sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote")
     if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
@@ -366,11 +366,13 @@ def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
         for option, asked, found in (("dim", args.dim, encoder.config["dim"]), ("patch", args.patch, encoder.config["patch_size"])):
             if asked not in (None, found):
                 sys.exit(f"the encoder in {checkpoint} has --{option} {found}, not {asked}; leave the option out, or choose another checkpoint")
-        return encoder
-    try:
-        return ViT(patch_size=args.patch or 8, dim=args.dim or 128)
-    except ValueError as error:
-        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
+    else:
+        try:
+            encoder = ViT(patch_size=args.patch or 8, dim=args.dim or 128)
+        except ValueError as error:
+            sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
+    args.dim, args.patch = encoder.config["dim"], encoder.config["patch_size"]  # said or not, it is the same run
+    return encoder
 
 
 class Run:
@@ -555,7 +557,7 @@ def command(parser: argparse.ArgumentParser) -> None:
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
         if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
             raise
-        sys.exit("out of memory; choose a smaller --batch (with --fresh), or --device cpu")
+        sys.exit("out of memory; choose a smaller --batch or, for video.py, fewer --clips (with --fresh), or --device cpu")
 
 
 def main() -> None:

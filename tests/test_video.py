@@ -192,7 +192,7 @@ def test_steps_that_are_not_balanced_use_every_whole_clip_in_random_order():
 
 
 def test_random_repeats_show_1_to_f_images_as_evenly_as_they_go():
-    shown = video.random_repeats(2000, F, torch.Generator().manual_seed(0))
+    shown = video.random_repeats(2000, F, torch.device("cpu"), torch.Generator().manual_seed(0))
     counts = torch.stack([row.bincount(minlength=F) for row in shown])  # [clips, F], how often each image is shown
     different = (counts > 0).sum(dim=1)
     for n in range(1, F + 1):
@@ -209,23 +209,58 @@ def options(**more):
 
 
 @both
-def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(kind):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(kind, repeats):
     """See the test of the same name in test_ssl.py."""
     model, machine = small(kind).to("meta"), vit.Machine("meta", "float32")
     images, labels = torch.empty(2, F, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
-    metrics = video.clip_step(model, images, labels, options(repeats=False), machine)
+    metrics = video.clip_step(model, images, labels, options(repeats=repeats), machine)
     metrics["loss"].backward()
     assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
+
+
+class Fixed(nn.Module):
+    """In place of a network: the same logits whatever it is shown; it keeps what it was shown."""
+
+    logits, each = torch.randn(2, 10, generator=torch.Generator().manual_seed(1)), torch.randn(2, F, 10, generator=torch.Generator().manual_seed(2))
+
+    def forward(self, images, shown):
+        self.images = images
+        return self.logits, self.each
+
+
+def test_the_loss_is_that_of_the_clip_plus_the_weighted_loss_of_its_images():
+    labels, model = torch.tensor([3, 7]), Fixed()
+    args = options(repeats=False, cutmix=0, smoothing=0, frame_loss=2.5)
+    found = video.clip_step(model, data.synthetic(2 * F)[0].view(2, F, 3, 32, 32), labels, args, vit.Machine("cpu", "float32"))
+    clip = -model.logits.log_softmax(1)[[0, 1], labels].mean()
+    own = torch.stack([-model.each.log_softmax(2)[c, f, labels[c]] for c in range(2) for f in range(F)]).mean()
+    assert found["loss"].item() == pytest.approx((clip + 2.5 * own).item(), rel=1e-5)
+
+
+def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip_and_both_labels():
+    labels, model, g = torch.tensor([3, 7]), Fixed(), torch.Generator().manual_seed(0)  # a seed whose permutation swaps the two
+    images = torch.tensor([50, 200], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, F, 3, 32, 32)  # a colour per clip
+    args = options(repeats=False, cutmix=1, smoothing=0, frame_loss=1)
+    found = video.clip_step(model, images, labels, args, vit.Machine("cpu", "float32"), g)
+    own = (model.images[0] * 255).round() == 50  # [F, 3, 32, 32], pixels that stayed
+    share = own.float().mean().item()
+    assert 0.05 < share < 0.95 and (own == own[:1, :1]).all()
+
+    def loss(y):
+        return (-model.logits.log_softmax(1)[[0, 1], y].mean() - model.each.log_softmax(2)[[0, 1], :, y].mean()).item()
+
+    assert found["loss"].item() == pytest.approx(share * loss(labels) + (1 - share) * loss(labels.flip(0)), rel=1e-5)
 
 
 @both
 def test_the_loss_falls(kind):
     images, labels = data.synthetic(400)
-    index = video.clip_steps(data.SameClassBatchSampler(labels, F), labels.tolist(), 10, True).flatten(0, 1)
-    model, machine, g = small(kind), vit.Machine("cpu", "float32"), torch.Generator().manual_seed(0)
+    index = video.clip_steps(data.SameClassBatchSampler(labels, F), labels.tolist(), 20, True)[0]
+    model, machine = small(kind), vit.Machine("cpu", "float32")
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     for _ in range(40):
-        loss = video.clip_step(model, images[index[:20]], labels[index[:20, 0]], options(), machine, g)["loss"]
+        loss = video.clip_step(model, images[index], labels[index[:, 0]], options(cutmix=0, repeats=False), machine)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -259,6 +294,26 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     assert "finished before" in run(*command)
     run("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
     assert "another frames" in run(*command, "--frames", 8, code=1)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
+    """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by a new process."""
+    command = ["video.py", "--checkpoint", pretrained, "--frames", 4, "--no-positions", "--cutmix", 1, "--epochs", 2, *TINY]
+    run(*command, "--out", tmp_path / "whole")
+    stop = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import video, vit\n"
+            "save = vit.Run._save\n"
+            "def stop(self): save(self); raise KeyboardInterrupt\n"
+            "vit.Run._save = stop; video.main()")  # fmt: skip
+    run("-c", stop, *command[1:], "--out", tmp_path / "parts", code=130)
+    assert "going on after epoch 1" in run(*command, "--out", tmp_path / "parts")
+    whole, parts = (vit.read_checkpoint(tmp_path / p / "video_encoder_1.pt") for p in ("whole", "parts"))
+    assert whole["history"] == parts["history"] and all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    assert "measured before" in run(*command, "--out", tmp_path / "parts")
+    images, labels = data.load("synthetic", "train", limit=400)
+    sampler = data.SameClassBatchSampler(labels, 4)
+    first = video.clip_steps(sampler, labels.tolist(), 10, True)
+    sampler.set_epoch(1)
+    assert not torch.equal(first, video.clip_steps(sampler, labels.tolist(), 10, True))
 
 
 @pytest.mark.parametrize("more, message", [
