@@ -248,7 +248,7 @@ def train(args: argparse.Namespace) -> None:
         run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))
 
     kept = run.path.with_suffix(".npz")
-    if vit.measured(args, name, run.path) and (kept.exists() or args.model == "divided"):
+    if (kept.exists() or args.model == "divided") and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
     smallest = int(labels.bincount()[labels.unique()].min())  # images of the rarest class
