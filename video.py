@@ -56,10 +56,10 @@ class FactorisedEncoder(nn.Module):
         self.head = nn.Linear(dim, classes)
         self.frame_head = nn.Linear(dim, classes)  # only for the per-frame loss in training
 
-    def forward(self, images: torch.Tensor, shown: torch.Tensor | None = None,
-                trace: list | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def tokens(self, images: torch.Tensor, shown: torch.Tensor | None = None,
+               trace: list | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """images: [C, n, 3, S, S]; shown: [C, F], which of the clip's n images each frame shows (without: n = F, in order)
-        -> class logits of the clips [C, K] and of the images, each by itself [C, n, K]. `trace`: of the temporal blocks.
+        -> tokens of the last temporal block [C, 1 + F, D] (token 0 is the temporal CLS), and the images' CLS [C, n, D].
 
         An image is encoded once however many frames show it, so a static video costs little more than an image.
         """
@@ -71,6 +71,12 @@ class FactorisedEncoder(nn.Module):
         x = torch.cat([self.cls.expand(C, -1, -1), x], dim=1)  # [C, 1 + F, D]
         for block in self.blocks:
             x = block(x, trace)
+        return x, each
+
+    def forward(self, images: torch.Tensor, shown: torch.Tensor | None = None,
+                trace: list | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As `tokens` -> class logits of the clips [C, K] and of the images, each by itself [C, n, K]."""
+        x, each = self.tokens(images, shown, trace)
         return self.head(self.norm(x[:, 0])), self.frame_head(each)
 
 
@@ -259,6 +265,17 @@ def train(args: argparse.Namespace) -> None:
     vit.record(args, name, machine, data.describe(args.data), value=different[1], report=REPORT.get(name), different=different,
                train=run.history["train"][-1], validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds,
                weights=vit.fingerprint(run.path))  # fmt: skip
+
+
+def load_video(path: str) -> FactorisedEncoder:
+    """The factorised encoder in a checkpoint written by `train`."""
+    state = vit.read_checkpoint(path)
+    settings = state["settings"]
+    if settings.get("model") != "encoder":
+        sys.exit(f"{path} holds no factorised encoder; `python video.py --model encoder` makes one")
+    model = FactorisedEncoder(vit.ViT(**state["config"]), settings["blocks"], settings["frames"], ordered=settings["positions"])
+    model.load_state_dict(state["model"])
+    return model
 
 
 def keep_attention(path, model: FactorisedEncoder, images: torch.Tensor, labels: torch.Tensor, frames: int) -> None:

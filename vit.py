@@ -279,12 +279,12 @@ def lock_folder(out: pathlib.Path) -> None:
         sys.exit(f"can't write to the folder {out}: {error.strerror}; choose another --out")
 
 
-def write_npz(path: pathlib.Path, **tensors: torch.Tensor) -> None:
-    """Keep the arrays that a figure needs beside the checkpoint."""
+def write_npz(path: pathlib.Path, **arrays) -> None:
+    """Keep the arrays (tensors, numbers or strings) that a figure needs beside the checkpoint."""
     import numpy
 
     buffer = io.BytesIO()
-    numpy.savez_compressed(buffer, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+    numpy.savez_compressed(buffer, **{name: x.cpu().numpy() if torch.is_tensor(x) else numpy.asarray(x) for name, x in arrays.items()})
     write_file(path, buffer.getvalue())
 
 
@@ -355,7 +355,8 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
     """The encoder stored in a checkpoint of any stage (its weights are named encoder.*)."""
     state = read_checkpoint(path)
     encoder = ViT(**state["config"])
-    encoder.load_state_dict({k[8:]: v for k, v in state["model"].items() if k.startswith("encoder.")})
+    weights = {k.removeprefix("video."): v for k, v in state["model"].items()}  # multimodal.py's model holds video.py's
+    encoder.load_state_dict({k[8:]: v for k, v in weights.items() if k.startswith("encoder.")})
     return encoder
 
 
@@ -474,7 +475,8 @@ class Run:
 
     def _save(self) -> None:
         buffer = io.BytesIO()
-        torch.save({"config": self.model.encoder.config, "model": self.model.state_dict(), "epoch": self.epoch,
+        encoder = getattr(self.model, "encoder", None)  # models of another library have none
+        torch.save({"config": encoder and encoder.config, "model": self.model.state_dict(), "epoch": self.epoch,
                     "optimizer": None if self.finished else self.optimizer.state_dict(), "settings": self.settings,
                     "generator": self.generator.get_state(), "history": self.history, "seconds": self.seconds,
                     "device": self.machine.device.type, "precision": self.machine.precision}, buffer)  # fmt: skip

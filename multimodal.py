@@ -1,0 +1,622 @@
+"""Stage 3: language. An image's caption, as a vector, joins the video model through a cross-attention block.
+
+    image --BLIP--> caption --CLIP's text tower--> embedding --linear--> keys, values --+
+    image, shown as a static video --video.py's model--> its temporal CLS --> query ----+--> cross-attention block --> class
+
+Part 1, the network (read this first):   CrossAttention -> CrossBlock -> Fusion
+Part 2, captions:                        BLIP, the caption file
+Part 3, embeddings:                      CLIP's text tower
+Part 4, without downloads:               a small BLIP and a small CLIP of the same classes, trained here
+Part 5, fusion and its controls:         does the caption help, or does it merely answer?
+
+Depends on vit.py, data.py and video.py: copy this file with those three. For cross-attention alone, CrossBlock needs
+only torch and vit.init_linear.
+
+    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2      # only where BLIP and CLIP can't be downloaded
+    python multimodal.py caption --captioner tiny
+    python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
+    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 2
+
+Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017 (attention).
+Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of CLIP's embedding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import video
+import vit
+
+REPORT = 0.7013  # test accuracy with captions
+SPLITS = ("train", "validation", "test")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 1: the network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention (Vaswani et al. 2017, section 3.2.3): x asks, the text answers.
+
+        softmax(Q K^T / sqrt(D / H)) V,     Q = x W_q,   K = text W_k,   V = text W_v
+
+    The softmax shares out a total of one among the keys. With a single key, which is all that a pooled text vector
+    gives, there is nothing to share: its weight is 1 whatever the query is, every x gets the same text W_v, and W_q and
+    W_k are never used. So attention chooses only among several keys: the words of a caption (--text tokens).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, real: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, T, D], text: [B, L, D], real: [B, L], False where a word is only padding -> [B, T, D], weights [B, H, T, L]."""
+        B, T, D = x.shape
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, H, T, D/H]
+        k, v = self.kv(text).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
+        scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # [B, H, T, L]
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        weights = scores.softmax(dim=-1)
+        out = (weights @ v).transpose(1, 2).reshape(B, T, D)  # [B, H, T, D/H] -> [B, T, H, D/H] -> [B, T, D]
+        return self.proj(out), weights
+
+
+class CrossBlock(nn.Module):
+    """A whole pre-norm transformer block whose attention reads from the text:
+
+        x = x + cross_attention(norm(x), norm(text))
+        x = x + mlp(norm(x))
+
+    Both sums start at zero (their last layers do), so a trained network that gets this block put on top starts out
+    unchanged and learns from there how much to let in.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.norm1, self.norm_text, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = CrossAttention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.apply(vit.init_linear)
+        nn.init.zeros_(self.attn.proj.weight)
+        nn.init.zeros_(self.mlp[2].weight)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor | None, real: torch.Tensor | None = None,
+                trace: list | None = None) -> torch.Tensor:  # fmt: skip
+        """x: [B, T, D], text: [B, L, D] (None: the gate to the text is closed), real: [B, L] -> [B, T, D].
+        `trace`, where given, receives the attention weights [B, H, T, L]."""
+        if text is not None:
+            update, weights = self.attn(self.norm1(x), self.norm_text(text), real)
+            x = x + update
+            if trace is not None:
+                trace.append(weights)
+        return x + self.mlp(self.norm2(x))
+
+
+class Fusion(nn.Module):
+    """The video model with a cross-attention block after its last spatio-temporal block.
+
+    Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block would read
+    what the others had learned from the text.
+    `image=False` is the control that sees only the caption: a learned vector asks in place of the image.
+    """
+
+    def __init__(self, model: video.FactorisedEncoder, text_dim: int, frames: int, image: bool = True):
+        super().__init__()
+        dim = model.encoder.config["dim"]
+        self.video, self.frames = model, frames
+        self.project = nn.Linear(text_dim, dim)
+        self.block = CrossBlock(dim, model.encoder.config["heads"])
+        self.query = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
+
+    @property
+    def encoder(self) -> vit.ViT:
+        """The image encoder, as in every model of this project."""
+        return self.video.encoder
+
+    def forward(self, images: torch.Tensor, text: torch.Tensor | None = None, real: torch.Tensor | None = None,
+                trace: list | None = None) -> torch.Tensor:  # fmt: skip
+        """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; real: [B, L] -> class logits [B, K]."""
+        if self.query is None:
+            shown = torch.zeros(len(images), self.frames, dtype=torch.long, device=images.device)  # [B, F]: always image 0
+            x = self.video.tokens(images[:, None], shown)[0][:, :1]  # [B, 1 + F, D] -> CLS [B, 1, D]
+        else:
+            x = self.query.expand(len(images), -1, -1)  # [B, 1, D]
+        x = self.block(x, None if text is None else self.project(text), real, trace)
+        return self.video.head(self.video.norm(x[:, 0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"}, appended batch by
+# batch, so that hours of captioning survive any accident.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_blip(name: str, revision: str | None, device: torch.device):
+    """(model, processor) of a BLIP captioner: a model id of the Hugging Face hub, or a folder made by save_pretrained.
+
+    Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had.
+    """
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    try:
+        processor = BlipProcessor.from_pretrained(name, revision=revision)
+        model = BlipForConditionalGeneration.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:  # transformers' words for: offline, not cached, no such model, not a model
+        sys.exit(f"can't load the captioner {name} ({first_line(error)}); where there is a network, `hf download {name}` fetches it "
+                 "(into HF_HOME); or name a folder with --blip, or say --captioner tiny")  # fmt: skip
+    return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
+
+
+def write_captions(model, processor, images: torch.Tensor, args, machine: vit.Machine) -> list[str]:
+    """The captions of uint8 images [n, 3, S, S]; the processor resizes and standardises as the model was trained."""
+    pixels = processor(images=images.cpu(), return_tensors="pt")["pixel_values"].to(machine.device, model.dtype)
+    with torch.no_grad(), machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext():
+        words = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+    return [caption.strip() for caption in processor.batch_decode(words, skip_special_tokens=True)]
+
+
+def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
+    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole lines.
+
+    A last line torn by a kill or a full disk doesn't count. Raises SystemExit with one sentence for any other file.
+    """
+    try:
+        raw = pathlib.Path(path).read_bytes()
+    except OSError:
+        sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
+    whole = raw[: raw.rfind(b"\n") + 1]
+    try:
+        header, *lines = map(json.loads, whole.splitlines())
+        captions = {(line["split"], line["index"]): line["caption"] for line in lines}
+        return header, captions, len(whole) if header["captioner"] else 0
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is not a caption file: its lines must be JSON, first the captioner, then split, index and caption")
+
+
+def captions_of(path: str, split: str, number: int) -> list[str]:
+    """The captions of the first `number` images of a split. Raises SystemExit where one is missing."""
+    _, captions, _ = read_captions(path)
+    missing = [i for i in range(number) if (split, i) not in captions]
+    if missing:
+        sys.exit(f"{path} lacks {len(missing)} of {number} captions of the {split} split; `python multimodal.py caption` goes on with it")
+    return [captions[split, i] for i in range(number)]
+
+
+SYNONYMS = {"airplane": "plane jet aircraft airliner biplane", "automobile": "car sedan suv", "cat": "kitten", "deer": "elk moose antelope",
+            "dog": "puppy", "frog": "toad", "horse": "pony", "ship": "boat ferry sailboat yacht", "truck": "lorry"}  # fmt: skip
+
+
+def named_class(caption: str, classes: list[str]) -> int:
+    """The label of the first word that names a class, by itself or by a synonym, in singular or plural; -1 if none does."""
+    label = {word: k for k, name in enumerate(classes) for word in (name, *SYNONYMS.get(name, "").split())}
+    for word in re.findall("[a-z]+", caption.lower()):
+        if word in label or word.removesuffix("s") in label:
+            return label.get(word, label.get(word.removesuffix("s")))
+    return -1
+
+
+def progress(items: list, what: str, unit: int):
+    """Yield the items, with a bar and the time left; `unit`: how many of `what` one item stands for."""
+    start = shown = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if done == len(items) or (sys.stdout.isatty() and now - shown > 1):
+            shown, left = now, (now - start) / done * (len(items) - done)
+            line = f"[{'#' * (30 * done // len(items)):<30}] {done * unit:,} of {len(items) * unit:,} {what}, {left // 60:.0f}:{left % 60:02.0f} left"
+            print(f"\r{line}" if sys.stdout.isatty() else line, end="\n" if done == len(items) else "", flush=True)
+
+
+def choose(args) -> tuple[str, str]:
+    """What --captioner auto means on this machine, "blip" or "tiny", and why."""
+    if not torch.cuda.is_available():
+        return "tiny", "there is no CUDA GPU, and BLIP would take hours"
+    try:
+        load_blip(args.blip, args.revision, torch.device("cpu"))
+        load_clip(*CLIP)
+    except SystemExit as error:
+        return "tiny", str(error)
+    return "blip", "there is a CUDA GPU, and the weights are at hand"
+
+
+def captioner(args) -> None:
+    """Print what --captioner auto means here: blip or tiny (and why, on stderr)."""
+    name, why = choose(args)
+    print(f"captioner: {name}; {why}", file=sys.stderr)
+    print(name)
+
+
+def caption(args) -> None:
+    """Caption every image of the three splits; as a row, how often the caption names the right class.
+
+    tiny: an image is captioned by the model that has not seen it in training (see Part 4), with --seen by one that has.
+    """
+    if args.captioner == "auto":
+        args.captioner, why = choose(args)
+        print(f"captioner: {args.captioner}; {why}", flush=True)
+    machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
+    header = {"captioner": args.captioner, "dataset": data.describe(args.data)["dataset"], "beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    if args.captioner == "tiny":
+        folds = sorted(out.glob("tiny_blip_*/config.json"))
+        if not folds:
+            sys.exit(f"there is no small BLIP in {out} yet; `python multimodal.py tiny` trains it")
+        models = [str(f.parent) for f in folds]
+        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": vit.fingerprint(*(f"{m}.pt" for m in models))}
+    else:
+        models = [args.blip]
+        header |= {"model": args.blip, "revision": args.revision}
+    path = out / f"{args.name or 'captions_' + args.captioner + ('_seen' if args.seen else '')}.jsonl"
+    if args.fresh or not path.exists():
+        vit.write_file(path, (json.dumps(header) + "\n").encode())
+    made_by, done, whole = read_captions(path)
+    if changed := [k for k, v in header.items() if made_by.get(k) != v]:
+        sys.exit(f"{path} was made with another {changed[0].replace('_', '-')}; add --fresh to start over, or choose another --name")
+
+    loaded, batch = {}, args.batch
+    with open(path, "r+b") as file:
+        file.truncate(whole)
+        file.seek(whole)
+        for split in SPLITS:
+            images, _ = data.load(args.data, split, limit=args.limit)
+            turn = torch.arange(len(images)) % len(models)  # whose turn it is
+            todo = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(batch)
+                    if any((split, i) not in done for i in index.tolist())]  # fmt: skip
+            for m, index in progress(todo, f"{split} batches captioned", 1):
+                chosen = (m + args.seen) % len(models)
+                if chosen not in loaded:
+                    loaded[chosen] = load_blip(models[chosen], args.revision if args.captioner == "blip" else None, machine.device)
+                new = dict(zip(index.tolist(), write_captions(*loaded[chosen], images[index], args, machine)))
+                lines = [json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new.items() if (split, i) not in done]
+                append(file, path, "".join(lines).encode())
+
+    rates = {}
+    for split in SPLITS:
+        _, labels = data.load(args.data, split, limit=args.limit)
+        named = torch.tensor([named_class(c, classes) for c in captions_of(path, split, len(labels))])
+        rates[split] = (named == labels).float().mean().item()
+        rates["silent" if split == args.split else f"silent_{split}"] = (named < 0).float().mean().item()
+    value = rates[args.split]
+    vit.record(args, path.stem, machine, data.describe(args.data), value=value, **rates, captioner=args.captioner, weights=vit.fingerprint(path))
+
+
+def append(file, path: pathlib.Path, content: bytes) -> None:
+    """Write to an open file and see it on disk; on a full disk one sentence."""
+    try:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        sys.exit(f"can't write {path}: {error.strerror}; free some space, then type the same command")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 3: embeddings
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLIP = ("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def load_clip(name: str, weights: str | None):
+    """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or "local-dir:FOLDER".
+
+    Raises SystemExit with one sentence when it can't be had.
+    """
+    import open_clip
+
+    try:
+        model = open_clip.create_model(name, None if name.startswith("local-dir:") else weights, require_pretrained=True)
+        return model.eval(), open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:  # open_clip's words for: offline, no such model, no such file, not weights
+        hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
+        fetch = f"where there is a network, `hf download {hub} open_clip_model.safetensors` fetches it (into HF_HOME); or " if hub else ""
+        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {fetch}name a file with --clip-weights")
+
+
+@torch.no_grad()
+def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
+    """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the end-of-text token's,
+    is what CLIP itself uses for the whole caption: its encode_text."""
+    tokens = tokenizer(captions)  # [u, context length], padded with zeros behind the end-of-text token, the largest number
+    length = tokens.argmax(dim=1) + 1
+    tokens = tokens.to(next(model.parameters()).device)
+    found = []
+    handle = model.ln_final.register_forward_hook(lambda _, __, states: found.append(states))  # [u, context length, width]
+    model.encode_text(tokens)
+    handle.remove()
+    states = F.normalize(found[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
+    return [s[:n].cpu() for s, n in zip(states, length.tolist())]
+
+
+def embed(args) -> None:
+    """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE.npz."""
+    header, captions, _ = read_captions(args.captions)
+    out = pathlib.Path(args.out)
+    name, weights = args.clip or (f"local-dir:{out / 'tiny_clip'}" if header["captioner"] == "tiny" else CLIP[0]), args.clip_weights
+    path = embeddings_path(args)
+    used = f"{name} {vit.fingerprint(out / 'tiny_clip.pt')}" if name.startswith("local-dir:") else f"{name} {weights} {vit.fingerprint(weights)}"
+    known, states = read_embeddings(path, used)
+    new = [c for c in dict.fromkeys(captions.values()) if c not in known]
+    print(f"{len(captions):,} captions, {len(known) + len(new):,} distinct, {len(new):,} to embed with {name}", flush=True)
+    if not new:
+        return
+    machine = vit.Machine(args.device, "float32", args.seed)
+    model, tokenizer = load_clip(name, weights)
+    model.visual = None  # only the text tower is used
+    model.to(machine.device)
+    for i in progress(list(range(0, len(new), 256)), "batches of 256 captions embedded", 1):
+        states += embed_words(model, tokenizer, new[i : i + 256])
+    vit.write_npz(path, used=used, captions=list(known) + new, length=[len(s) for s in states], states=torch.cat(states).half())
+    print(f"wrote {path}")
+
+
+def embeddings_path(args) -> pathlib.Path:
+    return (pathlib.Path(args.out) / pathlib.Path(args.captions).name).with_suffix(".npz")
+
+
+def read_embeddings(path: pathlib.Path, used: str | None = None) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """Caption -> its place in a list of [L, E] tensors; nothing where there is no file or it was made with another CLIP."""
+    import numpy
+
+    if not path.exists():
+        return {}, []
+    stored = numpy.load(path)
+    if used not in (None, stored["used"].item()):
+        return {}, []
+    states = torch.from_numpy(stored["states"]).float().split(stored["length"].tolist())
+    return {c: i for i, c in enumerate(stored["captions"].tolist())}, list(states)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 4: without downloads. A BLIP and a CLIP small enough to train here, on sentences made from the label and a few
+# measured words. They know nothing that the training images don't hold, so from such a caption expect what a second
+# opinion brings, no more; what the real BLIP adds is knowledge from outside.
+#
+# A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such captions
+# would learn to copy the class word, which is right there and often wrong on new images. So the training images are
+# dealt out to k folds, fold f's captioner is trained on all the others, and captions fold f: no image is captioned by a
+# model that has seen it. (BLIP has not seen CIFAR-10's labels: it was trained on captions of web images and COCO.)
+# ----------------------------------------------------------------------------------------------------------------------
+
+HUES = "red yellow green cyan blue purple".split()
+
+
+def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
+    """"a small cat on dark green": class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
+
+    background: brightness and hue of the mean colour of the outermost eighth on each side; large: more than half of the
+    pixels differ from it by more than a quarter of the scale.
+    """
+    x = images.float() / 255
+    edge = images.shape[-1] // 8
+    rim = torch.ones(images.shape[-2:], dtype=torch.bool, device=x.device)  # [S, S]
+    rim[edge:-edge, edge:-edge] = False
+    ground = x[:, :, rim].mean(dim=2)  # [n, 3]
+    large = (x - ground[:, :, None, None]).abs().mean(dim=1).gt(0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
+    bright, spread = ground.mean(dim=1) > 0.5, ground.amax(dim=1) - ground.amin(dim=1)  # [n] each
+    r, g, b = ground.unbind(dim=1)
+    hue = (torch.atan2(3**0.5 * (g - b), 2 * r - g - b) / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
+    return [f"a {'large' if big else 'small'} {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'}"
+            for big, k, light, h, s in zip(large.tolist(), labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist())]  # fmt: skip
+
+
+def small_blip(encoder: vit.ViT, classes: list[str]):
+    """(BLIP model, processor) for our images, its image tower the same network as `encoder`, with its weights."""
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "small", "large", "bright", "dark", "grey", *HUES, *classes]
+    at = {word: i for i, word in enumerate(words)}
+    tokenizer = BertTokenizer(vocab=at)
+    c = encoder.config
+    image = {"image_size": c["image_size"], "patch_size": c["patch_size"], "hidden_size": c["dim"], "intermediate_size": 4 * c["dim"],
+             "num_hidden_layers": c["depth"], "num_attention_heads": c["heads"]}  # fmt: skip
+    text = {"vocab_size": len(words), "hidden_size": c["dim"], "intermediate_size": 4 * c["dim"], "num_hidden_layers": 2, "num_attention_heads": c["heads"],
+            "encoder_hidden_size": c["dim"], "max_position_embeddings": 16, "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"],
+            "sep_token_id": at["[SEP]"], "pad_token_id": at["[PAD]"]}  # fmt: skip
+    model = BlipForConditionalGeneration(BlipConfig(vision_config=image, text_config=text))
+    theirs = {"patch_embedding": "embeddings.patch_embedding", "cls": "embeddings.class_embedding", "positions": "embeddings.position_embedding",
+              "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn": "self_attn", "proj": "projection",
+              "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "norm": "post_layernorm"}  # fmt: skip
+    names = re.compile(r"\b(" + "|".join(map(re.escape, theirs)) + r")\b")
+    model.vision_model.load_state_dict({names.sub(lambda m: theirs[m[0]], k): v for k, v in encoder.state_dict().items()})
+    resize = {"height": c["image_size"], "width": c["image_size"]}
+    standard = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # as vit.standardise
+    return model, BlipProcessor(BlipImageProcessor(size=resize, **standard), tokenizer)
+
+
+SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+              "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}  # fmt: skip
+
+
+def tiny(args) -> None:
+    """Train the small BLIP, one per fold, and the small CLIP; write them as folders that load_blip and load_clip read."""
+    import open_clip
+
+    machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
+    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    encoder, truth = vit.make_encoder(args, args.checkpoint), sentences(images, labels, classes)
+    if "finetune" in str(args.checkpoint):
+        pass
+    turn = torch.arange(len(images), device=machine.device) % args.folds
+    for fold in range(args.folds):
+        model, processor = small_blip(encoder, classes)
+        model.to(machine.device)
+        ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(machine.device)  # [n, L + 2]
+        ids[:, 0] = model.config.text_config.bos_token_id
+        weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)
+        weight[-len(classes) :] = args.class_weight  # the one word that is hard to find
+        others = (turn != fold).nonzero()[:, 0]
+        run = vit.Run(args, f"tiny_blip_{fold}", model, machine, len(others) // args.batch)
+        for _ in run.epochs():
+            for i in run.steps(data.shuffled_batches(len(others), args.batch, run.generator)):
+                index = others[i]  # [B]
+                pixels = vit.standardise(data.crop_flip(images[index], run.generator))
+                with machine.autocast():
+                    logits = model(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
+                target = ids[index, 1:]  # [B, L + 1]: every word from those before it
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), weight, label_smoothing=args.smoothing)
+                loss.backward()
+                right = (logits[:, :-1].argmax(dim=2) == target).float()
+                run.step(loss=loss, words=right.mean(), train=right[:, 2].mean())  # a, size, class
+        model.save_pretrained(out / f"tiny_blip_{fold}")
+        processor.save_pretrained(out / f"tiny_blip_{fold}")
+
+    model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
+    tokens = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])(truth).to(machine.device)  # [n, 16]
+    contrast = open_clip.ClipLoss()
+    run = vit.Run(argparse.Namespace(**vars(args) | {"epochs": args.clip_epochs}), "tiny_clip", model, machine, len(images) // args.batch)
+    for _ in run.epochs():
+        for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
+            pixels = vit.standardise(data.crop_flip(images[index], run.generator))
+            with machine.autocast():
+                picture, text, scale = model(pixels, tokens[index])
+            loss = contrast(picture.float(), text.float(), scale)
+            loss.backward()
+            run.step(loss=loss)
+    folder = out / "tiny_clip"
+    vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Part 5: fusion and its controls
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """The embedded captions of some images, on the device: call with indices [B] for what Fusion.forward takes."""
+
+    def __init__(self, args, split: str, number: int, device: torch.device):
+        place, states = read_embeddings(embeddings_path(args))
+        captions = captions_of(args.captions, split, number)
+        if set(captions) - place.keys():
+            sys.exit(f"{embeddings_path(args)} lacks captions of {args.captions}; `python multimodal.py embed --captions {args.captions}` makes them")
+        if args.text != "tokens":
+            states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
+        self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
+        self.real = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)  # [U, L]
+        self.at = torch.tensor([place[c] for c in captions], device=device)  # [n]
+        if args.shuffled:
+            self.at = self.at[torch.randperm(number, generator=torch.Generator().manual_seed(args.seed)).to(device)]
+        self.closed = args.text == "none"
+
+    def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """index: [B] -> (embeddings [B, L, E], which of them are words [B, L]), or twice None with --text none."""
+        return (None, None) if self.closed else (self.states[self.at[index]], self.real[self.at[index]])
+
+
+def predict(model: Fusion, images: torch.Tensor, text: Text, machine: vit.Machine) -> torch.Tensor:
+    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions."""
+    model.eval()
+    logits = []
+    for index in torch.arange(len(images), device=images.device).split(1024):
+        with torch.no_grad(), machine.autocast():
+            logits.append(model(images[index].float() / 255, *text(index)).float())
+    return torch.cat(logits)
+
+
+def fuse(args) -> None:
+    """Fine-tune the video model with the cross-attention block, or train a control; judge on static videos with captions."""
+    header, _, _ = read_captions(args.captions)
+    args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
+    variant = [f"{args.blocks}" if args.blocks != 2 else "", "seen" if header.get("seen") else "", "shuffled" if args.shuffled else "",
+               {"pooled": "", "tokens": "tokens", "none": "image_only"}[args.text], "" if args.image else "text_only"]  # fmt: skip
+    name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    sets = {split: data.load(args.data, split, machine.device, args.limit) for split in ("train", "validation")}
+    texts = {split: Text(args, split, len(labels), machine.device) for split, (_, labels) in sets.items()}
+    start = video.load_video(args.checkpoint)
+    model = Fusion(start, texts["train"].states.shape[2], len(start.positions), args.image).to(machine.device)
+
+    images, labels = sets["train"]
+    run = vit.Run(args, name, model, machine, len(images) // args.batch)
+    for _ in run.epochs():
+        for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
+            x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, args.cutmix)
+            with machine.autocast():
+                logits = model(x, *texts["train"](index))  # [B, K]
+            loss = data.cutmix_loss(logits, labels[index], other, share, args.smoothing)
+            loss.backward()
+            run.step(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())
+        run.note(validation=vit.accuracy(predict(model, sets["validation"][0], texts["validation"], machine), sets["validation"][1]))
+
+    kept = run.path.with_suffix(".npz")
+    if kept.exists() and vit.measured(args, name, run.path):
+        return
+    images, labels = data.load(args.data, args.split, machine.device, args.limit)
+    text = Text(args, args.split, len(labels), machine.device)
+    logits = predict(model, images, text, machine)
+    vit.write_npz(kept, guess=logits.argmax(1), labels=labels)
+    vit.record(args, name, machine, data.describe(args.data), value=vit.accuracy(logits, labels), captioner=header["captioner"],
+               report=REPORT if name == "fusion_blip" else None, train=run.history["train"][-1], validation=run.history["validation"][-1],
+               epochs=run.epoch, seconds=run.seconds, weights=vit.fingerprint(run.path))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    common, blip = vit.common_arguments(), argparse.ArgumentParser(add_help=False)
+    blip.add_argument("--blip", default="Salesforce/blip-image-captioning-base", help="model id or folder (default: %(default)s)")
+    blip.add_argument("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
+
+    p = stages.add_parser("captioner", parents=[common, blip], help=captioner.__doc__)
+    p.set_defaults(run=captioner)
+
+    p = stages.add_parser("tiny", parents=[common, vit.training_arguments(epochs=15, lr=1e-3)], help=tiny.__doc__)
+    p.add_argument("--checkpoint", metavar="FILE", required=True, help="start BLIP's image tower from this encoder; one that has seen no labels")
+    p.add_argument("--folds", type=vit.positive, default=2, help="small BLIPs, each trained without one part of the images (default: %(default)s)")
+    p.add_argument("--class-weight", type=float, default=8.0, help="weight of the class word in the loss (default: %(default)s)")
+    p.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (default: %(default)s)")
+    p.add_argument("--clip-epochs", type=vit.positive, default=2, help="epochs of the small CLIP (default: %(default)s)")
+    p.set_defaults(run=tiny)
+
+    p = stages.add_parser("caption", parents=[common, blip], help="caption every image")
+    p.add_argument("--captioner", choices=["auto", "blip", "tiny"], default="auto", help="default: blip with a CUDA GPU and its weights at hand, else tiny")
+    p.add_argument("--seen", action="store_true", help="tiny: let every training image be captioned by a model that has seen its label")
+    p.add_argument("--beams", type=vit.positive, default=1, help="of beam search (default: 1, greedy)")
+    p.add_argument("--max-new-tokens", type=vit.positive, default=20, help="longest caption (default: %(default)s)")
+    p.add_argument("--batch", type=vit.positive, default=250, help="images at a time (default: %(default)s)")
+    p.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    p.set_defaults(run=caption)
+
+    p = stages.add_parser("embed", parents=[common], help="embed the distinct captions of a file")
+    p.add_argument("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
+    p.add_argument("--clip", help='open_clip architecture, or "local-dir:FOLDER" (default: the small CLIP for tiny captions, else ViT-B-32)')
+    p.add_argument("--clip-weights", default=CLIP[1], help="tag or file of its weights (default: %(default)s)")
+    p.set_defaults(run=embed)
+
+    p = stages.add_parser("fuse", parents=[common, vit.training_arguments(epochs=25, lr=5e-4)], help="train the cross-attention block and all below")
+    p.add_argument("--captions", metavar="FILE", required=True, help="caption file, embedded before")
+    p.add_argument("--blocks", type=vit.positive, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
+    p.add_argument("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
+    p.add_argument("--text", choices=["pooled", "tokens", "none"], default="pooled", help="one vector per caption, one per word, or the control image only")
+    p.add_argument("--image", action=argparse.BooleanOptionalAction, default=True, help="no: the control text only")
+    p.add_argument("--shuffled", action="store_true", help="control: every image gets the caption of another")
+    p.add_argument("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
+    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    p.set_defaults(run=fuse)
+    vit.command(parser)
+
+
+if __name__ == "__main__":
+    main()
