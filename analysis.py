@@ -452,9 +452,81 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
     return page
 
 
+def captioner_of(args: argparse.Namespace) -> str:
+    """Whose captions the pictures show: BLIP's where a run of this split used them, else the small captioner's ("tiny")."""
+    return "blip" if "fusion_blip" in rows_of(args) else "tiny"
+
+
+def draw_captions(args: argparse.Namespace, footer: str) -> Page:
+    """Images with their captions, and what the fusion model and the control without text answer."""
+    who, names, out = captioner_of(args), data.class_names(args.data), pathlib.Path(args.out)
+    both, alone = np.load(out / f"fusion_{who}.npz"), np.load(out / f"fusion_{who}_image_only.npz")
+    truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
+    page = Page(1100, 700, f"Captions by the {MADE_BY[who]}, and what they change",
+                f"Under each image its caption and its true class; then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
+                f"the caption turned {np.sum(right & ~before):,} from wrong to right and {np.sum(before & ~right):,} from right to wrong. Shown: the first two of each class.", footer)  # fmt: skip
+    for i, image in enumerate(pixels(both["images"])):
+        x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
+        page.paste(image, x, y, 84)
+        for line, text in enumerate(wrapped(both["captions"][i], 15)[:3]):
+            page.text(x + 92, y + 14 * line, text, 12)
+        page.text(x, y + 90, f"it is: {names[truth[k]]}", 13)
+        for line, (what, guess, ok) in enumerate((("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))):
+            page.text(x, y + 106 + 16 * line, f"{what}: {names[guess]}", 13, LINES[2] if ok else LINES[4])
+    return page
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of about so many characters."""
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def draw_words(args: argparse.Namespace, footer: str) -> Page:
+    """How the image's query shares its attention among the words of the caption."""
+    who, names = captioner_of(args), data.class_names(args.data)
+    stored = np.load(pathlib.Path(args.out) / f"fusion_{who}_tokens.npz")
+    weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
+    page = Page(1000, 30 + 62 * len(rows), f"Which words does the image ask? Captions by the {MADE_BY[who]}",
+                "Attention of the temporal CLS over the tokens of the caption (mean of the heads; each row adds up to one). CLIP reads from left to right, so a\n"
+                "token's state knows all words before it: attention on the end of the sentence can still be about its beginning.", footer)  # fmt: skip
+    high = weights.max()
+    for r, i in enumerate(rows):
+        x, y, truth = 190, page.top + 12 + 62 * r, stored["labels"][stored["shown"][i]]
+        page.paste(pixels(stored["images"][i]), 24, y, 54)
+        page.text(88, y + 27, names[truth], 14, anchor="lm")
+        for word, w in zip(stored["words"][i].split(" "), weights[i]):
+            width = max(52, 9 * len(word) + 14)
+            page.draw.rectangle([x, y + 8, x + width - 4, y + 46], fill=tuple(int(255 - (255 - c) * w / high) for c in LINES[0]))
+            ink = PAPER if w > 0.6 * high else INK
+            page.text(x + width / 2 - 2, y + 20, word, 13, ink, "mm")
+            page.text(x + width / 2 - 2, y + 36, f"{w:.2f}", 11, ink, "mm")
+            x += width
+    return page
+
+
+def draw_controls(args: argparse.Namespace, footer: str) -> Page:
+    """Fusion against what the image, the caption, another image's caption and a remembered label bring."""
+    who, rows = captioner_of(args), rows_of(args)
+    bars = [(name, TABLE[name][0], rows[name]["value"]) for name in language_rows(who) if name in rows]
+    if not bars:
+        raise FileNotFoundError("no row of multimodal.py")
+    page = Page(1060, 40 + 44 * len(bars), f"Does the caption help, or does it merely answer? Captions by the {MADE_BY[who]}",
+                f"Accuracy on static videos of the {args.split} split, each control trained like fusion itself. Help: fusion is above both image only and text only. Merely "
+                "answer: fusion\nis no better than reading the class name off the caption.", footer)  # fmt: skip
+    for r, (name, what, value) in enumerate(bars):
+        y = page.top + 14 + 44 * r
+        page.text(478, y + 13, what, 13, anchor="rm")
+        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0 if name in (f"fusion_{who}", f"fusion_{who}_tokens") else 5])
+        page.text(498 + 460 * value, y + 13, f"{100 * value:.2f} %", 13, anchor="lm")
+    return page
+
+
 FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps": draw_maps, "tokens": draw_tokens,
            "cka": draw_cka, "curves": draw_curves, "classes": draw_classes,
-           "clips": draw_clips, "video": draw_video}  # fmt: skip
+           "clips": draw_clips, "video": draw_video,
+           "captions": draw_captions, "words": draw_words, "controls": draw_controls}  # fmt: skip
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, dict]:
@@ -483,6 +555,24 @@ def figures(args: argparse.Namespace) -> None:
 # The table
 # ----------------------------------------------------------------------------------------------------------------------
 
+MADE_BY = {"tiny": "small captioner trained here", "blip": "real BLIP"}
+
+
+def language_rows(who: str) -> dict[str, tuple]:
+    """multimodal.py's part of TABLE, for captions by "tiny" or "blip"."""
+    fusion, by = f"fusion_{who}", f"{who} captions"
+    return {
+        f"captions_{who}": (f"{by}: class named in the caption, no training", None),
+        f"{fusion}_text_only": (f"{by}: text only", f"captions_{who}"),
+        f"{fusion}_image_only": ("image only: the gate to the text closed", "video_encoder_2"),
+        fusion: (f"{by}: fusion, two blocks", f"{fusion}_image_only"),
+        f"{fusion}_1": (f"{by}: fusion, one block", fusion),
+        f"{fusion}_tokens": (f"{by}: fusion, attention over words", fusion),
+        f"{fusion}_shuffled": (f"{by}: fusion, every caption from another image", f"{fusion}_image_only"),
+        f"{fusion}_seen": (f"{by} from a captioner that saw the labels: fusion", fusion),
+    }
+
+
 # row of results.json -> what it is, and the row that it has to beat to mean anything
 TABLE = {
     "pixels_probe": ("linear probe of raw pixels", None),
@@ -507,6 +597,7 @@ TABLE = {
     "video_balanced": ("and every class once a step", "video_random"),
     "video_repeats": ("and 1 to 16 different images a clip", "video_balanced"),
     "video_frame_loss": ("and every image classified by itself, too", "video_repeats"),
+    **{name: about for who in ("tiny", "blip") for name, about in language_rows(who).items()},
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
     "cka_after": ("the same, after fine-tuning", "cka_before"),
     "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),
@@ -541,6 +632,8 @@ def report(args: argparse.Namespace) -> None:
             against = f"{number(control)} {control}" if control in rows else ""
             time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
             table.append([what, number(name, "report"), number(name), against, str(row.get("epochs", "")), time, f"`{row['command']}`"])
+        elif name == "fusion_blip" and "fusion_tiny" in rows:
+            table.append([what, "", "not measured here", "", "", "", "needs the weights of BLIP and CLIP"])
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|" + "---:|" * 5 + "---|")
     stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import logging
 import os
 import pathlib
 import re
@@ -117,10 +119,10 @@ class Fusion(nn.Module):
     `image=False` is the control that sees only the caption: a learned vector asks in place of the image.
     """
 
-    def __init__(self, model: video.FactorisedEncoder, text_dim: int, frames: int, image: bool = True):
+    def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True):
         super().__init__()
         dim = model.encoder.config["dim"]
-        self.video, self.frames = model, frames
+        self.video = model
         self.project = nn.Linear(text_dim, dim)
         self.block = CrossBlock(dim, model.encoder.config["heads"])
         self.query = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -134,7 +136,7 @@ class Fusion(nn.Module):
                 trace: list | None = None) -> torch.Tensor:  # fmt: skip
         """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; real: [B, L] -> class logits [B, K]."""
         if self.query is None:
-            shown = torch.zeros(len(images), self.frames, dtype=torch.long, device=images.device)  # [B, F]: always image 0
+            shown = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)  # [B, F]: always image 0
             x = self.video.tokens(images[:, None], shown)[0][:, :1]  # [B, 1 + F, D] -> CLS [B, 1, D]
         else:
             x = self.query.expand(len(images), -1, -1)  # [B, 1, D]
@@ -154,7 +156,10 @@ def load_blip(name: str, revision: str | None, device: torch.device):
     Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had.
     """
     from transformers import BlipForConditionalGeneration, BlipProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # there is one of our own
+    logging.disable(logging.ERROR)  # the library's remarks; what matters becomes the sentence below
     try:
         processor = BlipProcessor.from_pretrained(name, revision=revision)
         model = BlipForConditionalGeneration.from_pretrained(name, revision=revision)
@@ -166,7 +171,7 @@ def load_blip(name: str, revision: str | None, device: torch.device):
 
 def write_captions(model, processor, images: torch.Tensor, args, machine: vit.Machine) -> list[str]:
     """The captions of uint8 images [n, 3, S, S]; the processor resizes and standardises as the model was trained."""
-    pixels = processor(images=images.cpu(), return_tensors="pt")["pixel_values"].to(machine.device, model.dtype)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(model.dtype)
     with torch.no_grad(), machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext():
         words = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
     return [caption.strip() for caption in processor.batch_decode(words, skip_special_tokens=True)]
@@ -212,16 +217,18 @@ def named_class(caption: str, classes: list[str]) -> int:
     return -1
 
 
-def progress(items: list, what: str, unit: int):
-    """Yield the items, with a bar and the time left; `unit`: how many of `what` one item stands for."""
+def progress(batches: list, sizes: list[int], what: str):
+    """Yield the batches, drawing a bar with the number done of `what`, by the batches' sizes, and the time left."""
     start = shown = time.perf_counter()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if done == len(items) or (sys.stdout.isatty() and now - shown > 1):
-            shown, left = now, (now - start) / done * (len(items) - done)
-            line = f"[{'#' * (30 * done // len(items)):<30}] {done * unit:,} of {len(items) * unit:,} {what}, {left // 60:.0f}:{left % 60:02.0f} left"
-            print(f"\r{line}" if sys.stdout.isatty() else line, end="\n" if done == len(items) else "", flush=True)
+    terminal, total, done = sys.stdout.isatty(), sum(sizes), 0
+    for batch, size in zip(batches, sizes):
+        yield batch
+        now, done = time.perf_counter(), done + size
+        if done == total or (terminal and now - shown > 1):
+            shown, rate = now, done / (now - start)
+            left = (total - done) / rate
+            line = f"[{'#' * (30 * done // total):<30}] {done:,} of {total:,} {what}, {rate:.0f}/s, {left // 60:.0f}:{left % 60:02.0f} left"
+            print(f"\r{line:<110}" if terminal else line, end="\n" if done == total or not terminal else "", flush=True)
 
 
 def choose(args) -> tuple[str, str]:
@@ -269,31 +276,30 @@ def caption(args) -> None:
     if changed := [k for k, v in header.items() if made_by.get(k) != v]:
         sys.exit(f"{path} was made with another {changed[0].replace('_', '-')}; add --fresh to start over, or choose another --name")
 
-    loaded, batch = {}, args.batch
+    loaded = {}
     with open(path, "r+b") as file:
         file.truncate(whole)
         file.seek(whole)
         for split in SPLITS:
             images, _ = data.load(args.data, split, limit=args.limit)
             turn = torch.arange(len(images)) % len(models)  # whose turn it is
-            todo = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(batch)
-                    if any((split, i) not in done for i in index.tolist())]  # fmt: skip
-            for m, index in progress(todo, f"{split} batches captioned", 1):
-                chosen = (m + args.seen) % len(models)
-                if chosen not in loaded:
-                    loaded[chosen] = load_blip(models[chosen], args.revision if args.captioner == "blip" else None, machine.device)
-                new = dict(zip(index.tolist(), write_captions(*loaded[chosen], images[index], args, machine)))
-                lines = [json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new.items() if (split, i) not in done]
+            batches = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(args.batch)
+                       if any((split, i) not in done for i in index.tolist())]  # fmt: skip
+            for m, index in progress(batches, [len(index) for _, index in batches], f"{split} captions"):
+                m = (m + args.seen) % len(models)
+                if m not in loaded:
+                    loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
+                new = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
+                lines = [json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new if (split, i) not in done]
                 append(file, path, "".join(lines).encode())
 
-    rates = {}
+    shares = {}
     for split in SPLITS:
         _, labels = data.load(args.data, split, limit=args.limit)
         named = torch.tensor([named_class(c, classes) for c in captions_of(path, split, len(labels))])
-        rates[split] = (named == labels).float().mean().item()
-        rates["silent" if split == args.split else f"silent_{split}"] = (named < 0).float().mean().item()
-    value = rates[args.split]
-    vit.record(args, path.stem, machine, data.describe(args.data), value=value, **rates, captioner=args.captioner, weights=vit.fingerprint(path))
+        shares |= {split: (named == labels).float().mean().item(), f"{split}_silent": (named < 0).float().mean().item()}
+    vit.record(args, path.stem, machine, data.describe(args.data), value=shares[args.split], captioner=args.captioner,
+               model=header["model"], **shares, weights=vit.fingerprint(path))  # fmt: skip
 
 
 def append(file, path: pathlib.Path, content: bytes) -> None:
@@ -307,6 +313,7 @@ def append(file, path: pathlib.Path, content: bytes) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """What a library's error says, without its paragraphs of advice."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -324,16 +331,16 @@ def load_clip(name: str, weights: str | None):
     """
     import open_clip
 
+    logging.disable(logging.ERROR)
     try:
         model = open_clip.create_model(name, None if name.startswith("local-dir:") else weights, require_pretrained=True)
         return model.eval(), open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:  # open_clip's words for: offline, no such model, no such file, not weights
+    except Exception as error:  # offline, no such model, no such file, not weights: open_clip raises many kinds
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
         fetch = f"where there is a network, `hf download {hub} open_clip_model.safetensors` fetches it (into HF_HOME); or " if hub else ""
         sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {fetch}name a file with --clip-weights")
 
 
-@torch.no_grad()
 def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
     """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the end-of-text token's,
     is what CLIP itself uses for the whole caption: its encode_text."""
@@ -342,7 +349,8 @@ def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
     tokens = tokens.to(next(model.parameters()).device)
     found = []
     handle = model.ln_final.register_forward_hook(lambda _, __, states: found.append(states))  # [u, context length, width]
-    model.encode_text(tokens)
+    with torch.no_grad():
+        model.encode_text(tokens)
     handle.remove()
     states = F.normalize(found[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
     return [s[:n].cpu() for s, n in zip(states, length.tolist())]
@@ -351,31 +359,41 @@ def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
 def embed(args) -> None:
     """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE.npz."""
     header, captions, _ = read_captions(args.captions)
-    out = pathlib.Path(args.out)
-    name, weights = args.clip or (f"local-dir:{out / 'tiny_clip'}" if header["captioner"] == "tiny" else CLIP[0]), args.clip_weights
-    path = embeddings_path(args)
-    used = f"{name} {vit.fingerprint(out / 'tiny_clip.pt')}" if name.startswith("local-dir:") else f"{name} {weights} {vit.fingerprint(weights)}"
+    own = f"local-dir:{pathlib.Path(args.out) / 'tiny_clip'}"
+    name = args.clip or (own if header["captioner"] == "tiny" else CLIP[0])
+    path, folder = embeddings_path(args), pathlib.Path(name.removeprefix("local-dir:"))
+    used = f"{name} {vit.fingerprint(*sorted(folder.glob('*')))}" if folder.is_dir() else f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     known, states = read_embeddings(path, used)
     new = [c for c in dict.fromkeys(captions.values()) if c not in known]
     print(f"{len(captions):,} captions, {len(known) + len(new):,} distinct, {len(new):,} to embed with {name}", flush=True)
     if not new:
         return
     machine = vit.Machine(args.device, "float32", args.seed)
-    model, tokenizer = load_clip(name, weights)
+    model, tokenizer = load_clip(name, args.clip_weights)
     model.visual = None  # only the text tower is used
     model.to(machine.device)
-    for i in progress(list(range(0, len(new), 256)), "batches of 256 captions embedded", 1):
-        states += embed_words(model, tokenizer, new[i : i + 256])
+    batches = [new[i : i + 256] for i in range(0, len(new), 256)]
+    for batch in progress(batches, [len(b) for b in batches], "captions embedded"):
+        states += embed_words(model, tokenizer, batch)
     vit.write_npz(path, used=used, captions=list(known) + new, length=[len(s) for s in states], states=torch.cat(states).half())
     print(f"wrote {path}")
 
 
+def words(caption: str) -> str:
+    """The caption as CLIP's text tower reads it, its tokens joined by spaces."""
+    from open_clip import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    return " ".join(["<start>", *(tokenizer.decoder[i].removesuffix("</w>") for i in tokenizer.encode(caption)), "<end>"])
+
+
 def embeddings_path(args) -> pathlib.Path:
+    """Where the embeddings of --captions lie."""
     return (pathlib.Path(args.out) / pathlib.Path(args.captions).name).with_suffix(".npz")
 
 
 def read_embeddings(path: pathlib.Path, used: str | None = None) -> tuple[dict[str, int], list[torch.Tensor]]:
-    """Caption -> its place in a list of [L, E] tensors; nothing where there is no file or it was made with another CLIP."""
+    """Caption -> its place in a list of [L, E] float16 tensors; nothing where there is no file or it was made with another CLIP."""
     import numpy
 
     if not path.exists():
@@ -383,7 +401,7 @@ def read_embeddings(path: pathlib.Path, used: str | None = None) -> tuple[dict[s
     stored = numpy.load(path)
     if used not in (None, stored["used"].item()):
         return {}, []
-    states = torch.from_numpy(stored["states"]).float().split(stored["length"].tolist())
+    states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
     return {c: i for i, c in enumerate(stored["captions"].tolist())}, list(states)
 
 
@@ -402,29 +420,29 @@ HUES = "red yellow green cyan blue purple".split()
 
 
 def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
-    """"a small cat on dark green": class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
+    """"a cat on dark green far away": the class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
 
-    background: brightness and hue of the mean colour of the outermost eighth on each side; large: more than half of the
-    pixels differ from it by more than a quarter of the scale.
+    Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has another colour.
+    The class word comes first, as the words before it can't help to find it.
     """
     x = images.float() / 255
     edge = images.shape[-1] // 8
     rim = torch.ones(images.shape[-2:], dtype=torch.bool, device=x.device)  # [S, S]
     rim[edge:-edge, edge:-edge] = False
     ground = x[:, :, rim].mean(dim=2)  # [n, 3]
-    large = (x - ground[:, :, None, None]).abs().mean(dim=1).gt(0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
+    close = ((x - ground[:, :, None, None]).abs().mean(dim=1) > 0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
     bright, spread = ground.mean(dim=1) > 0.5, ground.amax(dim=1) - ground.amin(dim=1)  # [n] each
     r, g, b = ground.unbind(dim=1)
     hue = (torch.atan2(3**0.5 * (g - b), 2 * r - g - b) / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
-    return [f"a {'large' if big else 'small'} {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'}"
-            for big, k, light, h, s in zip(large.tolist(), labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist())]  # fmt: skip
+    return [f"a {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'} {'close up' if near else 'far away'}"
+            for k, light, h, s, near in zip(labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist(), close.tolist())]  # fmt: skip
 
 
 def small_blip(encoder: vit.ViT, classes: list[str]):
     """(BLIP model, processor) for our images, its image tower the same network as `encoder`, with its weights."""
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "small", "large", "bright", "dark", "grey", *HUES, *classes]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
     at = {word: i for i, word in enumerate(words)}
     tokenizer = BertTokenizer(vocab=at)
     c = encoder.config
@@ -454,9 +472,11 @@ def tiny(args) -> None:
 
     machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
+    if args.folds < 2:
+        sys.exit("--folds must be at least 2: with one, every training image would be captioned by a model that has seen its label")
+    if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
+        sys.exit(f"{args.checkpoint} was trained on labels, of all training images; choose an encoder that has seen none, from `ssl.py pretrain`")
     encoder, truth = vit.make_encoder(args, args.checkpoint), sentences(images, labels, classes)
-    if "finetune" in str(args.checkpoint):
-        pass
     turn = torch.arange(len(images), device=machine.device) % args.folds
     for fold in range(args.folds):
         model, processor = small_blip(encoder, classes)
@@ -474,10 +494,10 @@ def tiny(args) -> None:
                 with machine.autocast():
                     logits = model(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
                 target = ids[index, 1:]  # [B, L + 1]: every word from those before it
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), weight, label_smoothing=args.smoothing)
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), weight)
                 loss.backward()
                 right = (logits[:, :-1].argmax(dim=2) == target).float()
-                run.step(loss=loss, words=right.mean(), train=right[:, 2].mean())  # a, size, class
+                run.step(loss=loss, words=right.mean(), train=right[:, 1].mean())  # a, class word
         model.save_pretrained(out / f"tiny_blip_{fold}")
         processor.save_pretrained(out / f"tiny_blip_{fold}")
 
@@ -495,7 +515,9 @@ def tiny(args) -> None:
             run.step(loss=loss)
     folder = out / "tiny_clip"
     vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    vit.write_file(folder / "open_clip_pytorch_model.bin", buffer.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,29 +526,33 @@ def tiny(args) -> None:
 
 
 class Text:
-    """The embedded captions of some images, on the device: call with indices [B] for what Fusion.forward takes."""
+    """The embedded captions of a caption file, on the device."""
 
-    def __init__(self, args, split: str, number: int, device: torch.device):
-        place, states = read_embeddings(embeddings_path(args))
-        captions = captions_of(args.captions, split, number)
-        if set(captions) - place.keys():
-            sys.exit(f"{embeddings_path(args)} lacks captions of {args.captions}; `python multimodal.py embed --captions {args.captions}` makes them")
+    def __init__(self, args, device: torch.device):
+        self.place, states = read_embeddings(embeddings_path(args))
         if args.text != "tokens":
             states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
-        self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
-        self.real = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)  # [U, L]
-        self.at = torch.tensor([place[c] for c in captions], device=device)  # [n]
-        if args.shuffled:
-            self.at = self.at[torch.randperm(number, generator=torch.Generator().manual_seed(args.seed)).to(device)]
-        self.closed = args.text == "none"
+        if states:
+            self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
+            self.real = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)  # [U, L]
+        self.args = args
 
-    def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """index: [B] -> (embeddings [B, L, E], which of them are words [B, L]), or twice None with --text none."""
-        return (None, None) if self.closed else (self.states[self.at[index]], self.real[self.at[index]])
+    def of(self, split: str, number: int):
+        """A function from indices [B] of the first `number` images of a split to what Fusion.forward takes: embeddings
+        [B, L, E] and which of them are words [B, L], or twice None with --text none."""
+        captions = captions_of(self.args.captions, split, number)
+        if set(captions) - self.place.keys():
+            sys.exit(f"{embeddings_path(self.args)} lacks captions of this file; `python multimodal.py embed --captions {self.args.captions}` adds them")
+        at = torch.tensor([self.place[c] for c in captions], device=self.states.device)  # [n]
+        if self.args.shuffled:
+            at = at[torch.randperm(number, generator=torch.Generator().manual_seed(self.args.seed)).to(at.device)]
+        if self.args.text == "none":
+            return lambda index: (None, None)
+        return lambda index: (self.states[at[index]].float(), self.real[at[index]])
 
 
-def predict(model: Fusion, images: torch.Tensor, text: Text, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions."""
+def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
+    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions (text: from Text.of)."""
     model.eval()
     logits = []
     for index in torch.arange(len(images), device=images.device).split(1024):
@@ -538,37 +564,50 @@ def predict(model: Fusion, images: torch.Tensor, text: Text, machine: vit.Machin
 def fuse(args) -> None:
     """Fine-tune the video model with the cross-attention block, or train a control; judge on static videos with captions."""
     header, _, _ = read_captions(args.captions)
+    about = data.describe(args.data)
+    if header.get("dataset") != about["dataset"]:
+        sys.exit(f"{args.captions} holds captions of {header.get('dataset')}, not of {about['dataset']}")
     args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
-    variant = [f"{args.blocks}" if args.blocks != 2 else "", "seen" if header.get("seen") else "", "shuffled" if args.shuffled else "",
+    start = video.load_video(args.checkpoint)
+    args.blocks = len(start.blocks)
+    variant = ["1" if args.blocks == 1 else "", "seen" if header.get("seen") else "", "shuffled" if args.shuffled else "",
                {"pooled": "", "tokens": "tokens", "none": "image_only"}[args.text], "" if args.image else "text_only"]  # fmt: skip
     name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
     machine = vit.Machine(args.device, args.precision, args.seed)
-    sets = {split: data.load(args.data, split, machine.device, args.limit) for split in ("train", "validation")}
-    texts = {split: Text(args, split, len(labels), machine.device) for split, (_, labels) in sets.items()}
-    start = video.load_video(args.checkpoint)
-    model = Fusion(start, texts["train"].states.shape[2], len(start.positions), args.image).to(machine.device)
+    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    validation, truth = data.load(args.data, "validation", machine.device, args.limit)
+    text = Text(args, machine.device)
+    of_train, of_validation = text.of("train", len(images)), text.of("validation", len(validation))
+    model = Fusion(start, text.states.shape[2], args.image).to(machine.device)
 
-    images, labels = sets["train"]
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
             x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, args.cutmix)
             with machine.autocast():
-                logits = model(x, *texts["train"](index))  # [B, K]
+                logits = model(x, *of_train(index))  # [B, K]
             loss = data.cutmix_loss(logits, labels[index], other, share, args.smoothing)
             loss.backward()
             run.step(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())
-        run.note(validation=vit.accuracy(predict(model, sets["validation"][0], texts["validation"], machine), sets["validation"][1]))
+        run.note(validation=vit.accuracy(predict(model, validation, of_validation, machine), truth))
 
     kept = run.path.with_suffix(".npz")
     if kept.exists() and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    text = Text(args, args.split, len(labels), machine.device)
-    logits = predict(model, images, text, machine)
-    vit.write_npz(kept, guess=logits.argmax(1), labels=labels)
-    vit.record(args, name, machine, data.describe(args.data), value=vit.accuracy(logits, labels), captioner=header["captioner"],
-               report=REPORT if name == "fusion_blip" else None, train=run.history["train"][-1], validation=run.history["validation"][-1],
+    of_images = text.of(args.split, len(images))
+    logits = predict(model, images, of_images, machine)
+    shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # the first two images of each class
+    captions = captions_of(args.captions, args.split, len(images))
+    arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown], "captions": [captions[i] for i in shown.tolist()]}
+    if args.text == "tokens" and args.image:
+        trace = []
+        with torch.no_grad():
+            model(images[shown].float() / 255, *of_images(shown), trace)
+        arrays |= {"weights": trace[0].mean(dim=1)[:, 0], "words": [words(c) for c in arrays["captions"]]}  # [B, H, 1, L] -> [B, L], the mean of the heads
+    vit.write_npz(kept, **arrays)
+    vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"],
+               report=REPORT if name in ("fusion_blip", "fusion_tiny") else None, train=run.history["train"][-1], validation=run.history["validation"][-1],
                epochs=run.epoch, seconds=run.seconds, weights=vit.fingerprint(run.path))  # fmt: skip
 
 
@@ -585,8 +624,7 @@ def main() -> None:
     p = stages.add_parser("tiny", parents=[common, vit.training_arguments(epochs=15, lr=1e-3)], help=tiny.__doc__)
     p.add_argument("--checkpoint", metavar="FILE", required=True, help="start BLIP's image tower from this encoder; one that has seen no labels")
     p.add_argument("--folds", type=vit.positive, default=2, help="small BLIPs, each trained without one part of the images (default: %(default)s)")
-    p.add_argument("--class-weight", type=float, default=8.0, help="weight of the class word in the loss (default: %(default)s)")
-    p.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (default: %(default)s)")
+    p.add_argument("--class-weight", type=float, default=3.0, help="weight of the class word in the loss (default: %(default)s)")
     p.add_argument("--clip-epochs", type=vit.positive, default=2, help="epochs of the small CLIP (default: %(default)s)")
     p.set_defaults(run=tiny)
 

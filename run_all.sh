@@ -54,10 +54,11 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 
 # ---------------------------------------------------------------- the profile, the data
 [ -n "$profile" ] || { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop; }
-case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning; on clips
-  quick)  infonce=2;  m=2;  more=2;  joint=2;  tune=2;  film=1;  cutmix=0 ;;
-  laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  film=6;  cutmix=0 ;;  # CutMix pays in long training only
-  full)   infonce=20; m=20; more=20; joint=20; tune=50; film=25; cutmix=0.5 ;;
+case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, continued jointly; of fine-tuning; on clips;
+                    # of the small captioners, of fusion
+  quick)  infonce=2;  m=2;  more=2;  joint=2;  tune=2;  film=1;  talk=2;  join=1;  cutmix=0 ;;
+  laptop) infonce=5;  m=5;  more=2;  joint=3;  tune=8;  film=6;  talk=12; join=2;  cutmix=0 ;;  # CutMix pays in long training only
+  full)   infonce=20; m=20; more=20; joint=20; tune=50; film=25; talk=25; join=25; cutmix=0.5 ;;
 esac
 
 stage() {  # stage "heading" command: prints both, runs the command
@@ -124,6 +125,29 @@ stage "ten clips a step"                               "${video[@]}" "${report[@
 stage "with every class in each step"                  "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced
 stage "of 1 to 16 different images"                    "${video[@]}" --frame-loss 0 --name video_repeats
 stage "and every image classified by itself, too"      "${video[@]}" --name video_frame_loss
+fi
+
+# ---------------------------------------------------------------- stage 3: language
+captioner=$(python multimodal.py captioner "${common[@]}")  # blip or tiny; the reason goes to the terminal
+captions=$out/captions_$captioner.jsonl
+if [ "$captioner" = tiny ]; then
+stage "a small BLIP for each fold, a small CLIP"       python multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $talk "${common[@]}"
+fi
+stage "a caption for every image"                      python multimodal.py caption --captioner "$captioner" "${common[@]}"
+stage "CLIP embeddings of the captions"                python multimodal.py embed --captions "$captions" "${common[@]}"
+fuse=(python multimodal.py fuse --epochs $join --cutmix $cutmix "${common[@]}" --captions)
+stage "fusion: the image asks, the caption answers"    "${fuse[@]}" "$captions"
+stage "control: image only"                            "${fuse[@]}" "$captions" --text none
+stage "control: text only"                             "${fuse[@]}" "$captions" --no-image
+stage "fusion with attention over words"               "${fuse[@]}" "$captions" --text tokens
+stage "control: every caption from another image"      "${fuse[@]}" "$captions" --shuffled
+if [ "$profile" != laptop ]; then
+stage "fusion on the video model of one block"         "${fuse[@]}" "$captions" --blocks 1
+fi
+if [ "$captioner" = tiny ]; then  # what happens when a captioner describes images whose labels it has seen
+stage "captions by models that saw the labels"         python multimodal.py caption --captioner tiny --seen "${common[@]}"
+stage "their embeddings"                               python multimodal.py embed --captions "$out/captions_tiny_seen.jsonl" "${common[@]}"
+stage "control: fusion trained on them"                "${fuse[@]}" "$out/captions_tiny_seen.jsonl"
 fi
 
 # ---------------------------------------------------------------- what was learned

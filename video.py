@@ -48,7 +48,7 @@ class FactorisedEncoder(nn.Module):
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered: bool = True):
         super().__init__()
         dim = encoder.config["dim"]
-        self.encoder = encoder
+        self.encoder, self.frames = encoder, frames
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, frames, dim)) if ordered else None
         self.blocks = copy.deepcopy(encoder.blocks[-blocks:])

@@ -347,13 +347,15 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
     except Exception:  # torch.load raises many kinds of error on a file that isn't its own
         sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote")
     if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
-        sys.exit(f"{path} is not a checkpoint of this project: it holds no encoder configuration")
+        sys.exit(f"{path} is not a checkpoint of this project: it lacks what `Run` saves")
     return state
 
 
 def load_encoder(path: str | pathlib.Path) -> ViT:
     """The encoder stored in a checkpoint of any stage (its weights are named encoder.*)."""
     state = read_checkpoint(path)
+    if not state["config"]:
+        sys.exit(f"{path} holds a model of another library, not an encoder of this project")
     encoder = ViT(**state["config"])
     weights = {k.removeprefix("video."): v for k, v in state["model"].items()}  # multimodal.py's model holds video.py's
     encoder.load_state_dict({k[8:]: v for k, v in weights.items() if k.startswith("encoder.")})
@@ -408,7 +410,7 @@ class Run:
         # what the command line asked for, less what does not change the weights; a start file counts by its contents
         loose = ("fresh", "split", "run", "device", "precision", "out", "name")
         self.settings = {k: v for k, v in vars(args).items() if k not in loose}
-        self.settings |= {k: fingerprint(self.settings[k] or "") for k in ("init", "checkpoint") if k in self.settings}
+        self.settings |= {k: fingerprint(self.settings[k] or "") for k in ("init", "checkpoint", "captions") if k in self.settings}
         if self.path.exists() and not args.fresh:
             self._resume()
 

@@ -33,7 +33,7 @@ def test_without_network_it_turns_to_synthetic_images_loudly_and_a_second_run_is
     """From another directory, in a folder with spaces in its name, with an active environment, behind a dead proxy."""
     folder = tmp_path / "my course work"
     folder.mkdir()
-    for name in ("run_all.sh", "requirements.txt", "vit.py", "data.py", "ssl.py", "video.py", "analysis.py"):
+    for name in ("run_all.sh", "requirements.txt", "vit.py", "data.py", "ssl.py", "video.py", "multimodal.py", "analysis.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "runs/synthetic-quick").mkdir(parents=True)
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"

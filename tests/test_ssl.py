@@ -155,7 +155,7 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
     run("analysis.py", "maps", *pair, *out)
     run("analysis.py", "cka", *pair, *out)
     drawn = run("analysis.py", "figures", *out)
-    assert drawn.count("drew") == 7 and drawn.count("not drawn") == 2, drawn  # the two of video.py
+    assert drawn.count("drew") == 7 and drawn.count("not drawn") == 5, drawn  # those of video.py and multimodal.py
     text = run("analysis.py", "report", *out)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"pixels_probe", "untrained_probe", "m_probe", "finetune", "cka_before", "cka_after", "maps_after", "m_best_probe"} <= results["rows"].keys()

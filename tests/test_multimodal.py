@@ -1,0 +1,313 @@
+"""Stage 3: cross-attention against torch's own, captions and embeddings against the libraries', the commands."""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from torch import nn
+
+import analysis
+import data
+import multimodal
+import video
+import vit
+
+D, E, F = 32, 24, 4  # width, width of the embedding, frames
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_speak_again():
+    import logging
+
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def randomise(model):
+    """No zeros: everything in the model matters."""
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def small_fusion(image=True):
+    return multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=D, depth=2), 1, F), E, image)
+
+
+def torch_attention(ours):
+    """nn.MultiheadAttention with our weights."""
+    theirs = nn.MultiheadAttention(D, ours.heads, batch_first=True).eval()
+    theirs.load_state_dict({"in_proj_weight": torch.cat([ours.q.weight, ours.kv.weight]), "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
+                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})  # fmt: skip
+    return theirs
+
+
+# -------------------------------------------------------------------------------------------------- the network
+
+
+def test_cross_attention_equals_multihead_attention_with_padding():
+    ours, x, text = randomise(multimodal.CrossAttention(D, 4)), torch.randn(3, 5, D), torch.randn(3, 7, D)
+    real = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
+    out, weights = ours(x, text, real)
+    expected, expected_weights = torch_attention(ours)(x, text, text, key_padding_mask=~real, average_attn_weights=False)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weights, expected_weights)
+    text[~real] = 100.0
+    torch.testing.assert_close(ours(x, text, real)[0], out)  # what stands in the padding is of no account
+
+
+def test_one_key_makes_cross_attention_a_linear_map():
+    """With a single text vector the weights are one whatever is asked, so they can't choose: every x gets proj(V text)."""
+    ours, text = randomise(multimodal.CrossAttention(D, 4)), torch.randn(3, 1, D)
+    out, weights = ours(torch.randn(3, 5, D), text)
+    assert torch.equal(weights, torch.ones(3, 4, 5, 1))
+    torch.testing.assert_close(out, ours.proj(ours.kv(text)[..., D:]).expand(-1, 5, -1))
+    out.sum().backward()
+    assert ours.q.weight.grad.abs().max() < 1e-6 and ours.kv.weight.grad[:D].abs().max() < 1e-6  # queries and keys learn nothing
+    assert ours.kv.weight.grad[D:].abs().max() > 0.1
+
+
+def test_cross_block_equals_a_pre_norm_decoder_layer_without_self_attention():
+    ours, x, text = randomise(multimodal.CrossBlock(D, 4)), torch.randn(3, 5, D), torch.randn(3, 7, D)
+    theirs = nn.TransformerDecoderLayer(D, 4, 4 * D, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    nn.init.zeros_(theirs.self_attn.out_proj.weight)
+    theirs.multihead_attn = torch_attention(ours.attn)
+    theirs.norm2, theirs.norm3, theirs.linear1, theirs.linear2 = ours.norm1, ours.norm2, ours.mlp[0], ours.mlp[2]
+    torch.testing.assert_close(ours(x, text), theirs(x, ours.norm_text(text)))
+
+
+def test_fusion_starts_as_the_video_model_it_was_made_from():
+    model, images = small_fusion().eval(), data.synthetic(6)[0].float() / 255
+    shown = torch.zeros(6, F, dtype=torch.long)
+    torch.testing.assert_close(model(images, torch.randn(6, 3, E)), model.video(images[:, None], shown)[0])
+
+
+def test_the_temporal_cls_gets_the_same_whether_or_not_the_other_tokens_ask_too():
+    model, images, text = randomise(small_fusion()), data.synthetic(6)[0].float() / 255, torch.randn(6, 3, E)
+    tokens, _ = model.video.tokens(images[:, None], torch.zeros(6, F, dtype=torch.long))  # [6, 1 + F, D]
+    all_ask = model.block(tokens, model.project(text))
+    torch.testing.assert_close(model(images, text), model.video.head(model.video.norm(all_ask[:, 0])))
+
+
+def test_the_controls_see_only_what_they_should():
+    images, text = data.synthetic(6)[0].float() / 255, torch.randn(6, 3, E)
+    both, text_only = randomise(small_fusion()), randomise(small_fusion(image=False))
+    assert not torch.allclose(both(images, text), both(images, text.flip(0)))
+    assert not torch.allclose(both(images, text), both(images.flip(0), text))
+    torch.testing.assert_close(text_only(images, text), text_only(images.flip(0), text))
+    assert not torch.allclose(text_only(images, text), text_only(images, text.flip(0)))
+    assert not torch.allclose(both(images), both(images, text))  # the gate closed
+
+
+def test_text_is_let_in_after_one_step():
+    model, images, text = small_fusion(), data.synthetic(6)[0].float() / 255, torch.randn(6, 3, E)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(2):  # first the zero projection moves, then what lies before it
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images, text), torch.arange(6)).backward()
+        optimizer.step()
+    assert model.project.weight.grad.abs().max() > 0
+    assert not torch.allclose(model(images, text), model(images, text.flip(0)))
+
+
+# -------------------------------------------------------------------------------------------------- captions
+
+
+def test_sentences_say_what_can_be_measured():
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    images[0, 1] = 100  # dark green, and a small white square
+    images[0, :, 12:20, 12:20] = 255
+    images[1, 0:2] = 250  # yellow, and a large black square
+    images[1, :, 5:27, 5:27] = 0
+    images[2] = 200  # nothing but light grey
+    found = multimodal.sentences(images, torch.tensor([3, 8, 0]), data.CLASSES)
+    assert found == ["a cat on dark green far away", "a ship on bright yellow close up", "a airplane on bright grey far away"]
+
+
+@pytest.mark.parametrize("caption, name", [("a cat on dark green", "cat"), ("two blurry puppies and Dogs by a truck", "dog"), ("a jet in the sky", "airplane"),
+                                           ("a catalogue", None), ("", None), ("an old CAR.", "automobile"), ("a bus", None), ("horses", "horse")])  # fmt: skip
+def test_the_class_named_in_a_caption(caption, name):
+    assert multimodal.named_class(caption, data.CLASSES) == (data.CLASSES.index(name) if name else -1)
+
+
+def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"captioner": "blip"}), json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}), '{"split": "train", "ind']
+    path.write_text("\n".join(lines))
+    header, captions, whole = multimodal.read_captions(path)
+    assert header == {"captioner": "blip"} and captions == {("train", 0): "a \u00e9l\u00e9phant"} and whole == len("\n".join(lines[:2])) + 1
+    with pytest.raises(SystemExit, match="lacks 1 of 2 captions"):
+        multimodal.captions_of(path, "train", 2)
+    for content in ("", "hello\n", '{"split": "train"}\n', '{"captioner": "blip"}\n[1]\n'):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match="is not a caption file"):
+            multimodal.read_captions(path)
+    with pytest.raises(SystemExit, match="there is no caption file"):
+        multimodal.read_captions(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_one_sentence():
+    with open("/dev/full", "wb") as file, pytest.raises(SystemExit, match="can't write x: No space left"):
+        multimodal.append(file, pathlib.Path("x"), b"a caption")
+
+
+# -------------------------------------------------------------------------------------------------- the libraries' models
+
+
+def test_the_small_blips_image_tower_is_our_encoder():
+    encoder, images = randomise(vit.ViT(dim=D, depth=3)), data.synthetic(4)[0]
+    blip, processor = multimodal.small_blip(encoder, data.CLASSES)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, vit.standardise(images.float() / 255))
+    found = blip.eval().vision_model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(found, encoder(images.float() / 255), rtol=1e-4, atol=1e-5)
+
+
+def test_the_small_blip_knows_every_word_of_its_sentences():
+    images, labels = data.synthetic(300)
+    _, processor = multimodal.small_blip(vit.ViT(dim=D, depth=1), data.SHAPES)
+    truth = multimodal.sentences(images, labels, data.SHAPES)
+    ids = processor.tokenizer(truth, return_tensors="pt")["input_ids"]
+    assert processor.tokenizer.unk_token_id not in ids and ids.shape[1] == 2 + len(truth[0].split())
+    assert processor.batch_decode(ids, skip_special_tokens=True) == truth
+
+
+def small_clip(folder):
+    """A small open_clip model as a folder that open_clip itself can load."""
+    import open_clip
+
+    model = randomise(open_clip.CLIP(**multimodal.SMALL_CLIP))
+    folder.mkdir(exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": multimodal.SMALL_CLIP}))
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return model
+
+
+def test_an_open_clip_checkpoint_is_loaded_from_a_folder_and_from_a_file(tmp_path):
+    import open_clip
+
+    saved = small_clip(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(multimodal.SMALL_CLIP))
+    open_clip.add_model_config(tmp_path / "small.json")
+    for name, weights in ((f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin"))):
+        model, tokenizer = multimodal.load_clip(name, weights)
+        tokens = tokenizer(["a cat", "two dogs on a red boat"])
+        torch.testing.assert_close(model.encode_text(tokens), saved.encode_text(tokens))
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"not weights")
+    for name, weights in ((f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin")), ("no such model", None)):
+        with pytest.raises(SystemExit, match="can't load the CLIP"):
+            multimodal.load_clip(name, weights)
+
+
+def test_the_last_word_is_clips_own_embedding_and_no_word_knows_a_later_one(tmp_path):
+    small_clip(tmp_path)
+    model, tokenizer = multimodal.load_clip(f"local-dir:{tmp_path}", None)
+    captions = ["a cat", "a cat on dark green", "two dogs"]
+    found = multimodal.embed_words(model, tokenizer, captions)
+    assert [len(s) for s in found] == [len(multimodal.words(c).split()) for c in captions] == [4, 7, 4]
+    torch.testing.assert_close(torch.stack([s[-1] for s in found]), model.encode_text(tokenizer(captions), normalize=True))
+    torch.testing.assert_close(found[0][:3], found[1][:3])  # <start> a cat
+
+
+# -------------------------------------------------------------------------------------------------- the commands
+
+TINY = ["--data", "synthetic", "--limit", 320, "--device", "cpu", "--precision", "float32"]
+FAST = ["--epochs", 1, "--batch", 32]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole stage on a few images: its folder."""
+    folder = tmp_path_factory.mktemp("language")
+    out = ["--out", folder, *TINY]
+    run("ssl.py", "pretrain", "--task", "m", "--dim", D, *FAST, *out)
+    run("video.py", "--checkpoint", folder / "m.pt", "--blocks", 2, "--frames", F, "--clips", 2, "--epochs", 1, *out)
+    run("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", *FAST, "--clip-epochs", 1, *out)
+    for seen in ([], ["--seen"]):
+        text = run("multimodal.py", "caption", *seen, "--batch", 100, *out)
+        assert "captioner: tiny; there is no CUDA GPU" in text
+        run("multimodal.py", "embed", "--captions", folder / f"captions_tiny{'_seen' if seen else ''}.jsonl", *out)
+    fuse = ["multimodal.py", "fuse", *FAST, *out, "--captions"]
+    for control in ([], ["--text", "none"], ["--no-image"], ["--text", "tokens"], ["--shuffled"]):
+        run(*fuse, folder / "captions_tiny.jsonl", *control)
+    run(*fuse, folder / "captions_tiny_seen.jsonl")
+    return folder
+
+
+def test_the_whole_stage_leaves_its_rows_and_figures(finished):
+    rows = vit.read_results(finished)["rows"]
+    assert {f"{name}_validation" for name in analysis.language_rows("tiny") if name != "fusion_tiny_1"} <= rows.keys()
+    assert all(row["captioner"] == "tiny" for name, row in rows.items() if name.startswith(("fusion", "captions")))
+    drawn = run("analysis.py", "figures", "--out", finished, *TINY)
+    assert all(f"figures/{name}.png" in drawn for name in ("captions", "words", "controls"))
+    table = run("analysis.py", "report", "--out", finished, *TINY)
+    blip = next(line for line in table.splitlines() if "blip captions: fusion" in line)
+    assert "not measured here" in blip and "%" not in blip
+    stored = np.load(finished / "fusion_tiny_tokens.npz")
+    for sentence, weights in zip(stored["words"], stored["weights"]):
+        assert weights.sum() == pytest.approx(1, abs=1e-5) and (weights[len(sentence.split()) :] == 0).all()
+    assert vit.load_encoder(finished / "fusion_tiny.pt").config["dim"] == D  # as of any stage
+
+
+def test_captions_are_the_same_after_a_kill(finished):
+    path = finished / "captions_tiny.jsonl"
+    before, raw = multimodal.read_captions(path), path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])  # mid-line, mid-batch
+    run("multimodal.py", "caption", "--captioner", "tiny", "--batch", 100, "--out", finished, *TINY)
+    assert multimodal.read_captions(path)[:2] == before[:2] and len(path.read_bytes()) == len(raw)
+
+
+def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
+    embed = ["multimodal.py", "embed", "--out", finished, *TINY, "--captions"]
+    assert " 0 to embed" in run(*embed, finished / "captions_tiny.jsonl")
+    place, states = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    more = finished / "elsewhere" / "captions_tiny.jsonl"  # brought in from another machine, under the same name
+    more.parent.mkdir()
+    more.write_bytes((finished / "captions_tiny.jsonl").read_bytes() + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n')
+    assert " 1 to embed" in run(*embed, more)
+    longer, new_states = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    assert longer == place | {"a brand new caption": len(place)}
+    assert all(torch.equal(a, b) for a, b in zip(states, new_states))
+
+
+def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path, monkeypatch):
+    """Other labels for the images of fold 0 change nothing in the captioner of fold 0, and everything in that of fold 1."""
+    encoder = vit.ViT(dim=D, depth=1)
+    torch.save({"config": encoder.config, "epoch": 1, "settings": {"stage": "pretrain"},
+                "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()}}, tmp_path / "m.pt")  # fmt: skip
+    images, labels = data.synthetic(128)
+    weights = []
+    for change in (0, 1):
+        other = torch.where(torch.arange(128) % 2 == 0, (labels + change) % 10, labels)
+        monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
+        args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None,
+                                  checkpoint=tmp_path / "m.pt", folds=2, class_weight=3.0, clip_epochs=1, epochs=1, batch=32, lr=1e-3,
+                                  warmup=0, weight_decay=0.0, fresh=False)  # fmt: skip
+        multimodal.tiny(args)
+        weights.append([vit.read_checkpoint(args.out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
+    same = [all(torch.equal(v, b[k]) for k, v in a.items()) for a, b in zip(*weights)]
+    assert same == [True, False]
+
+
+def test_mistakes_are_one_sentence(finished, tmp_path):
+    out, captions = ["--out", finished, *TINY], finished / "captions_tiny.jsonl"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    text = run("multimodal.py", "caption", "--captioner", "blip", "--out", tmp_path, *TINY, code=1, env=offline)
+    assert "hf download Salesforce/blip-image-captioning-base" in text and len(text.strip().splitlines()) == 2, text  # the machine, and why not
+    text = run("multimodal.py", "embed", "--captions", captions, "--clip", "ViT-B-32", "--out", tmp_path, *TINY, code=1, env=offline)
+    assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3, text
+    assert "trains it" in run("multimodal.py", "caption", "--captioner", "tiny", "--out", tmp_path, *TINY, code=1)
+    assert "at least 2" in run("multimodal.py", "tiny", "--checkpoint", finished / "m.pt", "--folds", 1, *out, code=1)
+    assert "trained on labels" in run("multimodal.py", "tiny", "--checkpoint", finished / "video_encoder_2.pt", *out, code=1)
+    assert "made with another beams" in run("multimodal.py", "caption", "--captioner", "tiny", "--beams", 2, *out, code=1)
+    assert "embed --captions" in run("multimodal.py", "fuse", "--captions", captions, "--checkpoint", finished / "video_encoder_2.pt", "--out", tmp_path, *TINY, code=1)
+    assert "there is no checkpoint" in run("multimodal.py", "fuse", "--captions", captions, "--blocks", 1, *out, code=1)
+    assert "no factorised encoder" in run("multimodal.py", "fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out, code=1)
+    assert "another library" in run("ssl.py", "probe", "--checkpoint", finished / "tiny_blip_0.pt", *out, code=1)
+    foreign = tmp_path / "captions_tiny.jsonl"
+    foreign.write_text('{"captioner": "blip", "dataset": "cifar10"}\n')
+    assert "captions of cifar10, not of synthetic" in run("multimodal.py", "fuse", "--captions", foreign, *out, code=1)
