@@ -637,12 +637,14 @@ def report(args: argparse.Namespace) -> None:
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|" + "---:|" * 5 + "---|")
     stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
+    tiny = (" Tiny captions are not BLIP's: a small captioner of the same library class, trained here on the training labels, "
+            "wrote them; they hold no knowledge from outside.") if "captions_tiny" in rows else ""  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     pictures = [f"### {name}\n\n![{name}](figures/{name}.png)\n" for name in FIGURES if (out / "figures" / f"{name}.png").exists()]
     text = (f"# Results, profile {results['profile']}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
             f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
             "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
-            "is chosen on the validation split.\n\n" + "\n".join(pictures))  # fmt: skip
+            "is chosen on the validation split." + tiny + "\n\n" + "\n".join(pictures))  # fmt: skip
     vit.write_file(out / "report.md", text.encode())
     widths = [max(len(cells[c]) for cells in table) for c in range(6)]
     for cells in table:

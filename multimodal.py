@@ -156,17 +156,23 @@ def load_blip(name: str, revision: str | None, device: torch.device):
     Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had.
     """
     from transformers import BlipForConditionalGeneration, BlipProcessor
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # there is one of our own
-    logging.disable(logging.ERROR)  # the library's remarks; what matters becomes the sentence below
+    quiet()
     try:
         processor = BlipProcessor.from_pretrained(name, revision=revision)
         model = BlipForConditionalGeneration.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:  # transformers' words for: offline, not cached, no such model, not a model
+    except Exception as error:  # offline and not cached, no such model, not a model: the library raises many kinds
         sys.exit(f"can't load the captioner {name} ({first_line(error)}); where there is a network, `hf download {name}` fetches it "
                  "(into HF_HOME); or name a folder with --blip, or say --captioner tiny")  # fmt: skip
     return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
+
+
+def quiet() -> None:
+    """Silence the libraries' own remarks and bars: what matters becomes one sentence, and there is a bar of our own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.disable(logging.ERROR)
 
 
 def write_captions(model, processor, images: torch.Tensor, args, machine: vit.Machine) -> list[str]:
@@ -189,10 +195,10 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int],
     whole = raw[: raw.rfind(b"\n") + 1]
     try:
         header, *lines = map(json.loads, whole.splitlines())
-        captions = {(line["split"], line["index"]): line["caption"] for line in lines}
-        return header, captions, len(whole) if header["captioner"] else 0
+        header["captioner"], header["model"], header["dataset"]
+        return header, {(line["split"], line["index"]): line["caption"] for line in lines}, len(whole)
     except (ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is not a caption file: its lines must be JSON, first the captioner, then split, index and caption")
+        sys.exit(f"{path} is not a caption file: its lines must be JSON, first captioner, model and dataset, then split, index and caption each")
 
 
 def captions_of(path: str, split: str, number: int) -> list[str]:
@@ -221,10 +227,11 @@ def progress(batches: list, sizes: list[int], what: str):
     """Yield the batches, drawing a bar with the number done of `what`, by the batches' sizes, and the time left."""
     start = shown = time.perf_counter()
     terminal, total, done = sys.stdout.isatty(), sum(sizes), 0
+    pause = 1 if terminal else 60  # seconds; a log gets a line a minute
     for batch, size in zip(batches, sizes):
         yield batch
         now, done = time.perf_counter(), done + size
-        if done == total or (terminal and now - shown > 1):
+        if done == total or now - shown > pause:
             shown, rate = now, done / (now - start)
             left = (total - done) / rate
             line = f"[{'#' * (30 * done // total):<30}] {done:,} of {total:,} {what}, {rate:.0f}/s, {left // 60:.0f}:{left % 60:02.0f} left"
@@ -233,7 +240,7 @@ def progress(batches: list, sizes: list[int], what: str):
 
 def choose(args) -> tuple[str, str]:
     """What --captioner auto means on this machine, "blip" or "tiny", and why."""
-    if not torch.cuda.is_available():
+    if args.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return "tiny", "there is no CUDA GPU, and BLIP would take hours"
     try:
         load_blip(args.blip, args.revision, torch.device("cpu"))
@@ -276,22 +283,19 @@ def caption(args) -> None:
     if changed := [k for k, v in header.items() if made_by.get(k) != v]:
         sys.exit(f"{path} was made with another {changed[0].replace('_', '-')}; add --fresh to start over, or choose another --name")
 
+    os.truncate(path, whole)  # drops a torn last line
     loaded = {}
-    with open(path, "r+b") as file:
-        file.truncate(whole)
-        file.seek(whole)
-        for split in SPLITS:
-            images, _ = data.load(args.data, split, limit=args.limit)
-            turn = torch.arange(len(images)) % len(models)  # whose turn it is
-            batches = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(args.batch)
-                       if any((split, i) not in done for i in index.tolist())]  # fmt: skip
-            for m, index in progress(batches, [len(index) for _, index in batches], f"{split} captions"):
-                m = (m + args.seen) % len(models)
-                if m not in loaded:
-                    loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
-                new = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
-                lines = [json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new if (split, i) not in done]
-                append(file, path, "".join(lines).encode())
+    for split in SPLITS:
+        images, _ = data.load(args.data, split, limit=args.limit)
+        turn = torch.arange(len(images)) % len(models)  # whose turn it is
+        batches = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(args.batch)
+                   if any((split, i) not in done for i in index.tolist())]  # fmt: skip
+        for m, index in progress(batches, [len(index) for _, index in batches], f"{split} captions"):
+            m = (m + args.seen) % len(models)
+            if m not in loaded:
+                loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
+            new = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
+            append(path, "".join(json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new if (split, i) not in done))
 
     shares = {}
     for split in SPLITS:
@@ -302,12 +306,13 @@ def caption(args) -> None:
                model=header["model"], **shares, weights=vit.fingerprint(path))  # fmt: skip
 
 
-def append(file, path: pathlib.Path, content: bytes) -> None:
-    """Write to an open file and see it on disk; on a full disk one sentence."""
+def append(path: pathlib.Path, lines: str) -> None:
+    """Add lines to a file and see them on disk; on a full disk one sentence."""
     try:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        with open(path, "a") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         sys.exit(f"can't write {path}: {error.strerror}; free some space, then type the same command")
 
@@ -331,7 +336,7 @@ def load_clip(name: str, weights: str | None):
     """
     import open_clip
 
-    logging.disable(logging.ERROR)
+    quiet()
     try:
         model = open_clip.create_model(name, None if name.startswith("local-dir:") else weights, require_pretrained=True)
         return model.eval(), open_clip.get_tokenizer(name)
@@ -341,6 +346,7 @@ def load_clip(name: str, weights: str | None):
         sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {fetch}name a file with --clip-weights")
 
 
+@torch.no_grad()
 def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
     """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the end-of-text token's,
     is what CLIP itself uses for the whole caption: its encode_text."""
@@ -349,8 +355,7 @@ def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
     tokens = tokens.to(next(model.parameters()).device)
     found = []
     handle = model.ln_final.register_forward_hook(lambda _, __, states: found.append(states))  # [u, context length, width]
-    with torch.no_grad():
-        model.encode_text(tokens)
+    model.encode_text(tokens)
     handle.remove()
     states = F.normalize(found[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
     return [s[:n].cpu() for s, n in zip(states, length.tolist())]
@@ -438,28 +443,36 @@ def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) ->
             for k, light, h, s, near in zip(labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist(), close.tolist())]  # fmt: skip
 
 
-def small_blip(encoder: vit.ViT, classes: list[str]):
-    """(BLIP model, processor) for our images, its image tower the same network as `encoder`, with its weights."""
+def small_blip(encoder: vit.ViT, classes: list[str], size: int):
+    """(BLIP model, processor) whose image tower is our `encoder`, weights and all, looking at images enlarged to `size` pixels.
+
+    BLIP enlarges its images (to 384 pixels), and so does this one: patches of 8 pixels then show less of the image each,
+    so it sees details that our 16 patches blur, and errs elsewhere than the image model. The encoder can start from
+    there because the crops of contrastive_view were enlarged, too; its positions are interpolated, as usual for ViTs.
+    """
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
-    at = {word: i for i, word in enumerate(words)}
-    tokenizer = BertTokenizer(vocab=at)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
+    at = {word: i for i, word in enumerate(vocabulary)}
     c = encoder.config
-    image = {"image_size": c["image_size"], "patch_size": c["patch_size"], "hidden_size": c["dim"], "intermediate_size": 4 * c["dim"],
-             "num_hidden_layers": c["depth"], "num_attention_heads": c["heads"]}  # fmt: skip
-    text = {"vocab_size": len(words), "hidden_size": c["dim"], "intermediate_size": 4 * c["dim"], "num_hidden_layers": 2, "num_attention_heads": c["heads"],
-            "encoder_hidden_size": c["dim"], "max_position_embeddings": 16, "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"],
-            "sep_token_id": at["[SEP]"], "pad_token_id": at["[PAD]"]}  # fmt: skip
+    both = {"hidden_size": c["dim"], "intermediate_size": 4 * c["dim"], "num_attention_heads": c["heads"]}
+    image = both | {"image_size": size, "patch_size": c["patch_size"], "num_hidden_layers": c["depth"]}
+    text = both | {"vocab_size": len(at), "num_hidden_layers": 2, "encoder_hidden_size": c["dim"], "max_position_embeddings": 16,
+                   "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"], "sep_token_id": at["[SEP]"], "pad_token_id": at["[PAD]"]}  # fmt: skip
     model = BlipForConditionalGeneration(BlipConfig(vision_config=image, text_config=text))
+
+    weights = encoder.state_dict()
+    cls, grid = weights["positions"][:, :1], weights["positions"][:, 1:].transpose(1, 2)  # [1, 1, D], [1, D, N]
+    side, new_side = c["image_size"] // c["patch_size"], size // c["patch_size"]
+    grid = F.interpolate(grid.unflatten(2, (side, side)), size=(new_side, new_side), mode="bicubic")  # [1, D, new_side, new_side]
+    weights["positions"] = torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + new N, D]
     theirs = {"patch_embedding": "embeddings.patch_embedding", "cls": "embeddings.class_embedding", "positions": "embeddings.position_embedding",
               "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn": "self_attn", "proj": "projection",
               "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "norm": "post_layernorm"}  # fmt: skip
-    names = re.compile(r"\b(" + "|".join(map(re.escape, theirs)) + r")\b")
-    model.vision_model.load_state_dict({names.sub(lambda m: theirs[m[0]], k): v for k, v in encoder.state_dict().items()})
-    resize = {"height": c["image_size"], "width": c["image_size"]}
+    ours = re.compile(r"\b(" + "|".join(map(re.escape, theirs)) + r")\b")
+    model.vision_model.load_state_dict({ours.sub(lambda name: theirs[name[0]], k): v for k, v in weights.items()})
     standard = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # as vit.standardise
-    return model, BlipProcessor(BlipImageProcessor(size=resize, **standard), tokenizer)
+    return model, BlipProcessor(BlipImageProcessor(size={"height": size, "width": size}, **standard), BertTokenizer(vocab=at))
 
 
 SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
@@ -470,6 +483,7 @@ def tiny(args) -> None:
     """Train the small BLIP, one per fold, and the small CLIP; write them as folders that load_blip and load_clip read."""
     import open_clip
 
+    quiet()
     machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     if args.folds < 2:
@@ -477,9 +491,11 @@ def tiny(args) -> None:
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
         sys.exit(f"{args.checkpoint} was trained on labels, of all training images; choose an encoder that has seen none, from `ssl.py pretrain`")
     encoder, truth = vit.make_encoder(args, args.checkpoint), sentences(images, labels, classes)
+    if args.enlarge % args.patch:
+        sys.exit(f"--enlarge {args.enlarge} is not a whole number of {args.patch}-pixel patches")
     turn = torch.arange(len(images), device=machine.device) % args.folds
     for fold in range(args.folds):
-        model, processor = small_blip(encoder, classes)
+        model, processor = small_blip(encoder, classes, args.enlarge)
         model.to(machine.device)
         ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(machine.device)  # [n, L + 2]
         ids[:, 0] = model.config.text_config.bos_token_id
@@ -490,7 +506,7 @@ def tiny(args) -> None:
         for _ in run.epochs():
             for i in run.steps(data.shuffled_batches(len(others), args.batch, run.generator)):
                 index = others[i]  # [B]
-                pixels = vit.standardise(data.crop_flip(images[index], run.generator))
+                pixels = processor(images=data.crop_flip(images[index], run.generator), do_rescale=False, return_tensors="pt")["pixel_values"]
                 with machine.autocast():
                     logits = model(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
                 target = ids[index, 1:]  # [B, L + 1]: every word from those before it
@@ -565,8 +581,8 @@ def fuse(args) -> None:
     """Fine-tune the video model with the cross-attention block, or train a control; judge on static videos with captions."""
     header, _, _ = read_captions(args.captions)
     about = data.describe(args.data)
-    if header.get("dataset") != about["dataset"]:
-        sys.exit(f"{args.captions} holds captions of {header.get('dataset')}, not of {about['dataset']}")
+    if header["dataset"] != about["dataset"]:
+        sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about['dataset']}")
     args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
     start = video.load_video(args.checkpoint)
     args.blocks = len(start.blocks)
@@ -624,8 +640,9 @@ def main() -> None:
     p = stages.add_parser("tiny", parents=[common, vit.training_arguments(epochs=15, lr=1e-3)], help=tiny.__doc__)
     p.add_argument("--checkpoint", metavar="FILE", required=True, help="start BLIP's image tower from this encoder; one that has seen no labels")
     p.add_argument("--folds", type=vit.positive, default=2, help="small BLIPs, each trained without one part of the images (default: %(default)s)")
-    p.add_argument("--class-weight", type=float, default=3.0, help="weight of the class word in the loss (default: %(default)s)")
-    p.add_argument("--clip-epochs", type=vit.positive, default=2, help="epochs of the small CLIP (default: %(default)s)")
+    p.add_argument("--enlarge", type=vit.positive, default=48, help="pixels to which the small BLIP enlarges images (default: %(default)s)")
+    p.add_argument("--class-weight", type=float, default=8.0, help="weight of the class word in the loss (default: %(default)s)")
+    p.add_argument("--clip-epochs", type=vit.positive, default=1, help="epochs of the small CLIP (default: %(default)s)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common, blip], help="caption every image")

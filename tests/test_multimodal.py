@@ -1,6 +1,8 @@
 """Stage 3: cross-attention against torch's own, captions and embeddings against the libraries', the commands."""
 
 import argparse
+import contextlib
+import io
 import json
 import pathlib
 
@@ -122,7 +124,7 @@ def test_sentences_say_what_can_be_measured():
     images[0, 1] = 100  # dark green, and a small white square
     images[0, :, 12:20, 12:20] = 255
     images[1, 0:2] = 250  # yellow, and a large black square
-    images[1, :, 5:27, 5:27] = 0
+    images[1, :, 4:28, 4:28] = 0
     images[2] = 200  # nothing but light grey
     found = multimodal.sentences(images, torch.tensor([3, 8, 0]), data.CLASSES)
     assert found == ["a cat on dark green far away", "a ship on bright yellow close up", "a airplane on bright grey far away"]
@@ -136,13 +138,14 @@ def test_the_class_named_in_a_caption(caption, name):
 
 def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
-    lines = [json.dumps({"captioner": "blip"}), json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}), '{"split": "train", "ind']
+    about = {"captioner": "blip", "model": "b", "dataset": "cifar10"}
+    lines = [json.dumps(about), json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}), '{"split": "train", "ind']
     path.write_text("\n".join(lines))
     header, captions, whole = multimodal.read_captions(path)
-    assert header == {"captioner": "blip"} and captions == {("train", 0): "a \u00e9l\u00e9phant"} and whole == len("\n".join(lines[:2])) + 1
+    assert header == about and captions == {("train", 0): "a \u00e9l\u00e9phant"} and whole == len("\n".join(lines[:2])) + 1
     with pytest.raises(SystemExit, match="lacks 1 of 2 captions"):
         multimodal.captions_of(path, "train", 2)
-    for content in ("", "hello\n", '{"split": "train"}\n', '{"captioner": "blip"}\n[1]\n'):
+    for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
         path.write_text(content)
         with pytest.raises(SystemExit, match="is not a caption file"):
             multimodal.read_captions(path)
@@ -151,8 +154,8 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence():
-    with open("/dev/full", "wb") as file, pytest.raises(SystemExit, match="can't write x: No space left"):
-        multimodal.append(file, pathlib.Path("x"), b"a caption")
+    with pytest.raises(SystemExit, match="can't write /dev/full: No space left"):
+        multimodal.append(pathlib.Path("/dev/full"), "a caption\n")
 
 
 # -------------------------------------------------------------------------------------------------- the libraries' models
@@ -160,16 +163,27 @@ def test_a_full_disk_is_one_sentence():
 
 def test_the_small_blips_image_tower_is_our_encoder():
     encoder, images = randomise(vit.ViT(dim=D, depth=3)), data.synthetic(4)[0]
-    blip, processor = multimodal.small_blip(encoder, data.CLASSES)
+    blip, processor = multimodal.small_blip(encoder, data.CLASSES, 32)
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, vit.standardise(images.float() / 255))
     found = blip.eval().vision_model(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(found, encoder(images.float() / 255), rtol=1e-4, atol=1e-5)
 
 
+def test_enlarged_images_get_positions_in_between():
+    """The library can interpolate positions while it runs; ours, interpolated beforehand, give the same tokens."""
+    encoder, images = randomise(vit.ViT(dim=D, depth=1)), data.synthetic(4)[0]
+    (plain, _), (enlarged, processor) = (multimodal.small_blip(encoder, data.CLASSES, size) for size in (32, 48))
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (4, 3, 48, 48)
+    found = enlarged.eval().vision_model(pixel_values=pixels).last_hidden_state  # [4, 1 + 36, D]
+    expected = plain.eval().vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_small_blip_knows_every_word_of_its_sentences():
     images, labels = data.synthetic(300)
-    _, processor = multimodal.small_blip(vit.ViT(dim=D, depth=1), data.SHAPES)
+    _, processor = multimodal.small_blip(vit.ViT(dim=D, depth=1), data.SHAPES, 32)
     truth = multimodal.sentences(images, labels, data.SHAPES)
     ids = processor.tokenizer(truth, return_tensors="pt")["input_ids"]
     assert processor.tokenizer.unk_token_id not in ids and ids.shape[1] == 2 + len(truth[0].split())
@@ -219,22 +233,29 @@ TINY = ["--data", "synthetic", "--limit", 320, "--device", "cpu", "--precision",
 FAST = ["--epochs", 1, "--batch", 32]
 
 
+def call(module, *words):
+    """What `python module.py words` does and prints, in this process, which has the libraries loaded already."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, words)])
+        module.main()
+    return text.getvalue()
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, stage1):
     """The whole stage on a few images: its folder."""
     folder = tmp_path_factory.mktemp("language")
     out = ["--out", folder, *TINY]
-    run("ssl.py", "pretrain", "--task", "m", "--dim", D, *FAST, *out)
-    run("video.py", "--checkpoint", folder / "m.pt", "--blocks", 2, "--frames", F, "--clips", 2, "--epochs", 1, *out)
-    run("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", *FAST, "--clip-epochs", 1, *out)
+    call(stage1, "pretrain", "--task", "m", "--dim", D, *FAST, *out)
+    call(video, "--checkpoint", folder / "m.pt", "--blocks", 2, "--frames", F, "--clips", 2, "--epochs", 1, *out)
+    call(multimodal, "tiny", "--checkpoint", folder / "m.pt", *FAST, "--clip-epochs", 1, *out)
     for seen in ([], ["--seen"]):
-        text = run("multimodal.py", "caption", *seen, "--batch", 100, *out)
-        assert "captioner: tiny; there is no CUDA GPU" in text
-        run("multimodal.py", "embed", "--captions", folder / f"captions_tiny{'_seen' if seen else ''}.jsonl", *out)
-    fuse = ["multimodal.py", "fuse", *FAST, *out, "--captions"]
+        call(multimodal, "caption", "--captioner", "tiny", *seen, "--batch", 100, *out)
+        call(multimodal, "embed", "--captions", folder / f"captions_tiny{'_seen' if seen else ''}.jsonl", *out)
+    fuse = ["fuse", *FAST, *out, "--captions"]
     for control in ([], ["--text", "none"], ["--no-image"], ["--text", "tokens"], ["--shuffled"]):
-        run(*fuse, folder / "captions_tiny.jsonl", *control)
-    run(*fuse, folder / "captions_tiny_seen.jsonl")
+        call(multimodal, *fuse, folder / "captions_tiny.jsonl", *control)
+    call(multimodal, *fuse, folder / "captions_tiny_seen.jsonl")
     return folder
 
 
@@ -242,9 +263,9 @@ def test_the_whole_stage_leaves_its_rows_and_figures(finished):
     rows = vit.read_results(finished)["rows"]
     assert {f"{name}_validation" for name in analysis.language_rows("tiny") if name != "fusion_tiny_1"} <= rows.keys()
     assert all(row["captioner"] == "tiny" for name, row in rows.items() if name.startswith(("fusion", "captions")))
-    drawn = run("analysis.py", "figures", "--out", finished, *TINY)
+    drawn = call(analysis, "figures", "--out", finished, *TINY)
     assert all(f"figures/{name}.png" in drawn for name in ("captions", "words", "controls"))
-    table = run("analysis.py", "report", "--out", finished, *TINY)
+    table = call(analysis, "report", "--out", finished, *TINY)
     blip = next(line for line in table.splitlines() if "blip captions: fusion" in line)
     assert "not measured here" in blip and "%" not in blip
     stored = np.load(finished / "fusion_tiny_tokens.npz")
@@ -257,18 +278,18 @@ def test_captions_are_the_same_after_a_kill(finished):
     path = finished / "captions_tiny.jsonl"
     before, raw = multimodal.read_captions(path), path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])  # mid-line, mid-batch
-    run("multimodal.py", "caption", "--captioner", "tiny", "--batch", 100, "--out", finished, *TINY)
+    call(multimodal, "caption", "--captioner", "tiny", "--batch", 100, "--out", finished, *TINY)
     assert multimodal.read_captions(path)[:2] == before[:2] and len(path.read_bytes()) == len(raw)
 
 
 def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
-    embed = ["multimodal.py", "embed", "--out", finished, *TINY, "--captions"]
-    assert " 0 to embed" in run(*embed, finished / "captions_tiny.jsonl")
+    embed = ["embed", "--out", finished, *TINY, "--captions"]
+    assert " 0 to embed" in call(multimodal, *embed, finished / "captions_tiny.jsonl")
     place, states = multimodal.read_embeddings(finished / "captions_tiny.npz")
     more = finished / "elsewhere" / "captions_tiny.jsonl"  # brought in from another machine, under the same name
     more.parent.mkdir()
     more.write_bytes((finished / "captions_tiny.jsonl").read_bytes() + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n')
-    assert " 1 to embed" in run(*embed, more)
+    assert " 1 to embed" in call(multimodal, *embed, more)
     longer, new_states = multimodal.read_embeddings(finished / "captions_tiny.npz")
     assert longer == place | {"a brand new caption": len(place)}
     assert all(torch.equal(a, b) for a, b in zip(states, new_states))
@@ -285,7 +306,7 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
         other = torch.where(torch.arange(128) % 2 == 0, (labels + change) % 10, labels)
         monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
         args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None,
-                                  checkpoint=tmp_path / "m.pt", folds=2, class_weight=3.0, clip_epochs=1, epochs=1, batch=32, lr=1e-3,
+                                  checkpoint=tmp_path / "m.pt", folds=2, enlarge=32, class_weight=3.0, clip_epochs=1, epochs=1, batch=32, lr=1e-3,
                                   warmup=0, weight_decay=0.0, fresh=False)  # fmt: skip
         multimodal.tiny(args)
         weights.append([vit.read_checkpoint(args.out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
@@ -293,21 +314,32 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
     assert same == [True, False]
 
 
-def test_mistakes_are_one_sentence(finished, tmp_path):
-    out, captions = ["--out", finished, *TINY], finished / "captions_tiny.jsonl"
+def test_without_a_network_the_commands_that_fetch_are_named(finished, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     text = run("multimodal.py", "caption", "--captioner", "blip", "--out", tmp_path, *TINY, code=1, env=offline)
     assert "hf download Salesforce/blip-image-captioning-base" in text and len(text.strip().splitlines()) == 2, text  # the machine, and why not
-    text = run("multimodal.py", "embed", "--captions", captions, "--clip", "ViT-B-32", "--out", tmp_path, *TINY, code=1, env=offline)
+    embed = ["--captions", finished / "captions_tiny.jsonl", "--clip", "ViT-B-32", "--out", tmp_path, *TINY]
+    text = run("multimodal.py", "embed", *embed, code=1, env=offline)
     assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3, text
-    assert "trains it" in run("multimodal.py", "caption", "--captioner", "tiny", "--out", tmp_path, *TINY, code=1)
-    assert "at least 2" in run("multimodal.py", "tiny", "--checkpoint", finished / "m.pt", "--folds", 1, *out, code=1)
-    assert "trained on labels" in run("multimodal.py", "tiny", "--checkpoint", finished / "video_encoder_2.pt", *out, code=1)
-    assert "made with another beams" in run("multimodal.py", "caption", "--captioner", "tiny", "--beams", 2, *out, code=1)
-    assert "embed --captions" in run("multimodal.py", "fuse", "--captions", captions, "--checkpoint", finished / "video_encoder_2.pt", "--out", tmp_path, *TINY, code=1)
-    assert "there is no checkpoint" in run("multimodal.py", "fuse", "--captions", captions, "--blocks", 1, *out, code=1)
-    assert "no factorised encoder" in run("multimodal.py", "fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out, code=1)
-    assert "another library" in run("ssl.py", "probe", "--checkpoint", finished / "tiny_blip_0.pt", *out, code=1)
-    foreign = tmp_path / "captions_tiny.jsonl"
-    foreign.write_text('{"captioner": "blip", "dataset": "cifar10"}\n')
-    assert "captions of cifar10, not of synthetic" in run("multimodal.py", "fuse", "--captions", foreign, *out, code=1)
+    text = run("multimodal.py", "captioner", "--out", tmp_path, *TINY, env=offline)
+    assert text.splitlines()[-1] == "tiny" or text.splitlines()[0] == "tiny"  # stdout is for run_all.sh, the reason on stderr
+    assert "captioner: tiny; " in text
+
+
+def test_mistakes_are_one_sentence(finished, tmp_path, stage1):
+    out, captions, foreign = ["--out", finished, *TINY], finished / "captions_tiny.jsonl", tmp_path / "captions_tiny.jsonl"
+    foreign.write_text('{"captioner": "blip", "model": "b", "dataset": "cifar10"}\n')
+    for module, words, sentence in [
+        (multimodal, ["caption", "--captioner", "tiny", "--out", tmp_path, *TINY], "multimodal.py tiny` trains it"),
+        (multimodal, ["caption", "--captioner", "tiny", "--beams", 2, *out], "made with another beams"),
+        (multimodal, ["tiny", "--checkpoint", finished / "m.pt", "--folds", 1, *out], "at least 2"),
+        (multimodal, ["tiny", "--checkpoint", finished / "m.pt", "--enlarge", 50, *out], "not a whole number of 8-pixel patches"),
+        (multimodal, ["tiny", "--checkpoint", finished / "video_encoder_2.pt", *out], "trained on labels"),
+        (multimodal, ["fuse", "--captions", captions, "--checkpoint", finished / "video_encoder_2.pt", "--out", tmp_path, *TINY], "multimodal.py embed"),
+        (multimodal, ["fuse", "--captions", captions, "--blocks", 1, *out], "there is no checkpoint .*video_encoder_1.pt"),
+        (multimodal, ["fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out], "no factorised encoder"),
+        (multimodal, ["fuse", "--captions", foreign, *out], "captions of cifar10, not of synthetic"),
+        (stage1, ["probe", "--checkpoint", finished / "tiny_blip_0.pt", *out], "another library"),
+    ]:
+        with pytest.raises(SystemExit, match=sentence):
+            call(module, *words)
