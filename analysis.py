@@ -377,7 +377,7 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     """Every metric that the image stages noted, epoch by epoch."""
     states = {p.stem: vit.read_checkpoint(p) for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
-    histories = {name: s["history"] for name, s in states.items() if "frames" not in s["settings"]}  # video.py's have a figure of their own
+    histories = {name: s["history"] for name, s in states.items() if s["settings"].get("stage") in ("pretrain", "finetune")}
     if not histories:
         raise FileNotFoundError("no checkpoint")
     panels = {}
@@ -462,9 +462,9 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     who, names, out = captioner_of(args), data.class_names(args.data), pathlib.Path(args.out)
     both, alone = np.load(out / f"fusion_{who}.npz"), np.load(out / f"fusion_{who}_image_only.npz")
     truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
-    page = Page(1100, 700, f"Captions by the {MADE_BY[who]}, and what they change",
-                f"Under each image its caption and its true class; then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
-                f"the caption turned {np.sum(right & ~before):,} from wrong to right and {np.sum(before & ~right):,} from right to wrong. Shown: the first two of each class.", footer)  # fmt: skip
+    page = Page(1100, 645, f"Captions by the {MADE_BY[who]}, and what they change",
+                f"Beside each image its caption, under it the true class, then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
+                f"{np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only without. Shown: the first two of each class.", footer)  # fmt: skip
     for i, image in enumerate(pixels(both["images"])):
         x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
         page.paste(image, x, y, 84)
@@ -512,13 +512,13 @@ def draw_controls(args: argparse.Namespace, footer: str) -> Page:
     bars = [(name, TABLE[name][0], rows[name]["value"]) for name in language_rows(who) if name in rows]
     if not bars:
         raise FileNotFoundError("no row of multimodal.py")
-    page = Page(1060, 40 + 44 * len(bars), f"Does the caption help, or does it merely answer? Captions by the {MADE_BY[who]}",
-                f"Accuracy on static videos of the {args.split} split, each control trained like fusion itself. Help: fusion is above both image only and text only. Merely "
-                "answer: fusion\nis no better than reading the class name off the caption.", footer)  # fmt: skip
+    page = Page(1060, 40 + 44 * len(bars), f"Does the caption help, or merely answer? Captions by the {MADE_BY[who]}",
+                f"Accuracy on static videos of the {args.split} split, the controls trained like fusion itself. Help: fusion is above both image only and text only. Merely "
+                "answer: fusion is\nno better than reading the class name off the caption.", footer)  # fmt: skip
     for r, (name, what, value) in enumerate(bars):
         y = page.top + 14 + 44 * r
         page.text(478, y + 13, what, 13, anchor="rm")
-        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0 if name in (f"fusion_{who}", f"fusion_{who}_tokens") else 5])
+        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0] if name in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens") else GREY)
         page.text(498 + 460 * value, y + 13, f"{100 * value:.2f} %", 13, anchor="lm")
     return page
 
@@ -633,7 +633,7 @@ def report(args: argparse.Namespace) -> None:
             time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
             table.append([what, number(name, "report"), number(name), against, str(row.get("epochs", "")), time, f"`{row['command']}`"])
         elif name == "fusion_blip" and "fusion_tiny" in rows:
-            table.append([what, "", "not measured here", "", "", "", "needs the weights of BLIP and CLIP"])
+            table.append([what, number("fusion_tiny", "report"), "not measured here", "", "", "", "needs the weights of BLIP and CLIP"])
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|" + "---:|" * 5 + "---|")
     stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""

@@ -44,6 +44,7 @@ import vit
 
 REPORT = 0.7013  # test accuracy with captions
 SPLITS = ("train", "validation", "test")
+CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's names of the architecture and of its weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Part 1: the network
@@ -67,14 +68,14 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, real: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, D], text: [B, L, D], real: [B, L], False where a word is only padding -> [B, T, D], weights [B, H, T, L]."""
+    def forward(self, x: torch.Tensor, text: torch.Tensor, is_word: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, T, D], text: [B, L, D], is_word: [B, L], False where there is only padding -> [B, T, D], weights [B, H, T, L]."""
         B, T, D = x.shape
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, H, T, D/H]
         k, v = self.kv(text).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # [B, H, T, L]
-        if real is not None:
-            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        if is_word is not None:
+            scores = scores.masked_fill(~is_word[:, None, None, :], -torch.inf)
         weights = scores.softmax(dim=-1)
         out = (weights @ v).transpose(1, 2).reshape(B, T, D)  # [B, H, T, D/H] -> [B, T, H, D/H] -> [B, T, D]
         return self.proj(out), weights
@@ -99,12 +100,12 @@ class CrossBlock(nn.Module):
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp[2].weight)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor | None, real: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, text: torch.Tensor | None, is_word: torch.Tensor | None = None,
                 trace: list | None = None) -> torch.Tensor:  # fmt: skip
-        """x: [B, T, D], text: [B, L, D] (None: the gate to the text is closed), real: [B, L] -> [B, T, D].
+        """x: [B, T, D], text: [B, L, D] (None: the gate to the text is closed), is_word: [B, L] -> [B, T, D].
         `trace`, where given, receives the attention weights [B, H, T, L]."""
         if text is not None:
-            update, weights = self.attn(self.norm1(x), self.norm_text(text), real)
+            update, weights = self.attn(self.norm1(x), self.norm_text(text), is_word)
             x = x + update
             if trace is not None:
                 trace.append(weights)
@@ -132,15 +133,15 @@ class Fusion(nn.Module):
         """The image encoder, as in every model of this project."""
         return self.video.encoder
 
-    def forward(self, images: torch.Tensor, text: torch.Tensor | None = None, real: torch.Tensor | None = None,
+    def forward(self, images: torch.Tensor, text: torch.Tensor | None = None, is_word: torch.Tensor | None = None,
                 trace: list | None = None) -> torch.Tensor:  # fmt: skip
-        """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; real: [B, L] -> class logits [B, K]."""
+        """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; is_word: [B, L] -> class logits [B, K]."""
         if self.query is None:
             shown = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)  # [B, F]: always image 0
             x = self.video.tokens(images[:, None], shown)[0][:, :1]  # [B, 1 + F, D] -> CLS [B, 1, D]
         else:
             x = self.query.expand(len(images), -1, -1)  # [B, 1, D]
-        x = self.block(x, None if text is None else self.project(text), real, trace)
+        x = self.block(x, None if text is None else self.project(text), is_word, trace)
         return self.video.head(self.video.norm(x[:, 0]))
 
 
@@ -162,25 +163,34 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         processor = BlipProcessor.from_pretrained(name, revision=revision)
         model = BlipForConditionalGeneration.from_pretrained(name, revision=revision)
     except Exception as error:  # offline and not cached, no such model, not a model: the library raises many kinds
-        sys.exit(f"can't load the captioner {name} ({first_line(error)}); where there is a network, `hf download {name}` fetches it "
-                 "(into HF_HOME); or name a folder with --blip, or say --captioner tiny")  # fmt: skip
+        sys.exit(f"can't load the captioner {name} ({first_line(error)}); where there is a network, `hf download {name} "
+                 "--exclude tf_model.h5` fetches it (into HF_HOME); or name a folder with --blip, or say --captioner tiny")  # fmt: skip
     return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
 
 
 def quiet() -> None:
-    """Silence the libraries' own remarks and bars: what matters becomes one sentence, and there is a bar of our own."""
+    """Silence the libraries' own remarks and bars (except for downloads): what matters becomes one sentence below."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    enable_progress_bars()
     logging.disable(logging.ERROR)
 
 
+def pixel_values(processor, images: torch.Tensor) -> torch.Tensor:
+    """What BLIP sees of uint8 images [B, 3, S, S]: enlarged and standardised by its processor, float [B, 3, S', S']."""
+    device = images.device
+    images = images.cpu() if device.type == "mps" else images  # not every PyTorch can enlarge this way there
+    return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+
+
 def write_captions(model, processor, images: torch.Tensor, args, machine: vit.Machine) -> list[str]:
-    """The captions of uint8 images [n, 3, S, S]; the processor resizes and standardises as the model was trained."""
-    pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(model.dtype)
+    """The captions of uint8 images [n, 3, S, S]."""
+    pixels = pixel_values(processor, images).to(model.dtype)
     with torch.no_grad(), machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext():
-        words = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
-    return [caption.strip() for caption in processor.batch_decode(words, skip_special_tokens=True)]
+        tokens = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+    return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
@@ -201,12 +211,11 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int],
         sys.exit(f"{path} is not a caption file: its lines must be JSON, first captioner, model and dataset, then split, index and caption each")
 
 
-def captions_of(path: str, split: str, number: int) -> list[str]:
+def captions_of(captions: dict[tuple[str, int], str], split: str, number: int) -> list[str]:
     """The captions of the first `number` images of a split. Raises SystemExit where one is missing."""
-    _, captions, _ = read_captions(path)
-    missing = [i for i in range(number) if (split, i) not in captions]
+    missing = sum((split, i) not in captions for i in range(number))
     if missing:
-        sys.exit(f"{path} lacks {len(missing)} of {number} captions of the {split} split; `python multimodal.py caption` goes on with it")
+        sys.exit(f"the caption file lacks {missing} of {number} captions of the {split} split; `python multimodal.py caption` goes on with it")
     return [captions[split, i] for i in range(number)]
 
 
@@ -240,14 +249,15 @@ def progress(batches: list, sizes: list[int], what: str):
 
 def choose(args) -> tuple[str, str]:
     """What --captioner auto means on this machine, "blip" or "tiny", and why."""
-    if args.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return "tiny", "there is no CUDA GPU, and BLIP would take hours"
+    if not (args.device.startswith(("auto", "cuda")) and torch.cuda.is_available()):
+        return "tiny", "without a CUDA GPU BLIP would take hours"
+    print("looking for the weights of BLIP and CLIP, here or on the Hugging Face hub (1.5 GB)", file=sys.stderr, flush=True)
     try:
         load_blip(args.blip, args.revision, torch.device("cpu"))
         load_clip(*CLIP)
     except SystemExit as error:
         return "tiny", str(error)
-    return "blip", "there is a CUDA GPU, and the weights are at hand"
+    return "blip", "there is a CUDA GPU, and the weights are here"
 
 
 def captioner(args) -> None:
@@ -257,22 +267,34 @@ def captioner(args) -> None:
     print(name)
 
 
+def small_blips(out: pathlib.Path) -> list[str]:
+    """The folders of the small BLIPs, by fold. Raises SystemExit unless all are there and trained to the end."""
+    first = out / "tiny_blip_0.pt"
+    folds = vit.read_checkpoint(first)["settings"]["folds"] if first.exists() else 1
+    found = [out / f"tiny_blip_{fold}" for fold in range(folds)]
+    for folder in found:
+        state = vit.read_checkpoint(f"{folder}.pt") if first.exists() and (folder / "model.safetensors").exists() else None
+        if not state or state["optimizer"]:
+            sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` trains a small BLIP for each fold")
+    return [str(folder) for folder in found]
+
+
 def caption(args) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class.
 
-    tiny: an image is captioned by the model that has not seen it in training (see Part 4), with --seen by one that has.
+    tiny: image i is captioned by the small BLIP of fold i % folds, which has not seen it in training (see Part 4), with
+    --seen by the next one, which has.
     """
     if args.captioner == "auto":
         args.captioner, why = choose(args)
         print(f"captioner: {args.captioner}; {why}", flush=True)
+    if args.seen and args.captioner == "blip":
+        sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
     machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
     header = {"captioner": args.captioner, "dataset": data.describe(args.data)["dataset"], "beams": args.beams, "max_new_tokens": args.max_new_tokens}
     if args.captioner == "tiny":
-        folds = sorted(out.glob("tiny_blip_*/config.json"))
-        if not folds:
-            sys.exit(f"there is no small BLIP in {out} yet; `python multimodal.py tiny` trains it")
-        models = [str(f.parent) for f in folds]
-        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": vit.fingerprint(*(f"{m}.pt" for m in models))}
+        models = small_blips(out)
+        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": vit.fingerprint(*(f"{m}/model.safetensors" for m in models))}
     else:
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
@@ -284,26 +306,26 @@ def caption(args) -> None:
         sys.exit(f"{path} was made with another {changed[0].replace('_', '-')}; add --fresh to start over, or choose another --name")
 
     os.truncate(path, whole)  # drops a torn last line
-    loaded = {}
+    loaded, shares = {}, {}
     for split in SPLITS:
-        images, _ = data.load(args.data, split, limit=args.limit)
-        turn = torch.arange(len(images)) % len(models)  # whose turn it is
-        batches = [(m, index) for m in range(len(models)) for index in (turn == m).nonzero()[:, 0].split(args.batch)
+        images, labels = data.load(args.data, split, limit=args.limit)
+        fold = torch.arange(len(images)) % len(models)
+        batches = [(m, index) for m in range(len(models)) for index in (fold == m).nonzero()[:, 0].split(args.batch)
                    if any((split, i) not in done for i in index.tolist())]  # fmt: skip
         for m, index in progress(batches, [len(index) for _, index in batches], f"{split} captions"):
             m = (m + args.seen) % len(models)
             if m not in loaded:
                 loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
-            new = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
-            append(path, "".join(json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in new if (split, i) not in done))
+            written = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
+            new = {(split, i): c for i, c in written if (split, i) not in done}
+            append(path, "".join(json.dumps({"split": split, "index": i, "caption": c}) + "\n" for (_, i), c in new.items()))
+            done |= new
+        named = torch.tensor([named_class(c, classes) for c in captions_of(done, split, len(labels))])
+        shares[split] = {"right": (named == labels).float().mean().item(), "silent": (named < 0).float().mean().item()}  # silent: names no class
 
-    shares = {}
-    for split in SPLITS:
-        _, labels = data.load(args.data, split, limit=args.limit)
-        named = torch.tensor([named_class(c, classes) for c in captions_of(path, split, len(labels))])
-        shares |= {split: (named == labels).float().mean().item(), f"{split}_silent": (named < 0).float().mean().item()}
-    vit.record(args, path.stem, machine, data.describe(args.data), value=shares[args.split], captioner=args.captioner,
-               model=header["model"], **shares, weights=vit.fingerprint(path))  # fmt: skip
+    seen = {f"{split}_{k}": v for split in {"train", "validation", args.split} for k, v in shares[split].items()}
+    vit.record(args, path.stem, machine, data.describe(args.data), value=shares[args.split]["right"], captioner=args.captioner,
+               model=header["model"], **seen, weights=vit.fingerprint(path))  # fmt: skip
 
 
 def append(path: pathlib.Path, lines: str) -> None:
@@ -326,9 +348,6 @@ def first_line(error: BaseException) -> str:
 # Part 3: embeddings
 # ----------------------------------------------------------------------------------------------------------------------
 
-CLIP = ("ViT-B-32", "laion2b_s34b_b79k")
-
-
 def load_clip(name: str, weights: str | None):
     """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or "local-dir:FOLDER".
 
@@ -337,13 +356,18 @@ def load_clip(name: str, weights: str | None):
     import open_clip
 
     quiet()
+    local = name.startswith("local-dir:")
     try:
-        model = open_clip.create_model(name, None if name.startswith("local-dir:") else weights, require_pretrained=True)
-        return model.eval(), open_clip.get_tokenizer(name)
+        model = open_clip.create_model(name, None if local else weights, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # offline, no such model, no such file, not weights: open_clip raises many kinds
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
-        fetch = f"where there is a network, `hf download {hub} open_clip_model.safetensors` fetches it (into HF_HOME); or " if hub else ""
-        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {fetch}name a file with --clip-weights")
+        fetch = f"where there is a network, `hf download {hub} --include 'open_clip*'` fetches it (into HF_HOME); or " if hub else ""
+        advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip" if local else f"{fetch}name a file with --clip-weights"
+        sys.exit(f"can't load the CLIP {name}{'' if local else f' with weights {weights}'} ({first_line(error)}); {advice}")
+    if not torch.is_tensor(getattr(model, "text_projection", None)):
+        sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose a --clip such as {CLIP[0]}")
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()
@@ -368,7 +392,9 @@ def embed(args) -> None:
     name = args.clip or (own if header["captioner"] == "tiny" else CLIP[0])
     path, folder = embeddings_path(args), pathlib.Path(name.removeprefix("local-dir:"))
     used = f"{name} {vit.fingerprint(*sorted(folder.glob('*')))}" if folder.is_dir() else f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
-    known, states = read_embeddings(path, used)
+    known, states, before = read_embeddings(path)
+    if before != used:
+        known, states = {}, []
     new = [c for c in dict.fromkeys(captions.values()) if c not in known]
     print(f"{len(captions):,} captions, {len(known) + len(new):,} distinct, {len(new):,} to embed with {name}", flush=True)
     if not new:
@@ -384,12 +410,13 @@ def embed(args) -> None:
     print(f"wrote {path}")
 
 
-def words(caption: str) -> str:
-    """The caption as CLIP's text tower reads it, its tokens joined by spaces."""
+def spelled(captions: list[str]) -> list[str]:
+    """Captions as CLIP's text tower reads them: their tokens, joined by spaces."""
     from open_clip import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
-    return " ".join(["<start>", *(tokenizer.decoder[i].removesuffix("</w>") for i in tokenizer.encode(caption)), "<end>"])
+    tokens = [[tokenizer.decoder[i].removesuffix("</w>") for i in tokenizer.encode(caption)] for caption in captions]
+    return [" ".join(["<start>", *t, "<end>"]) for t in tokens]
 
 
 def embeddings_path(args) -> pathlib.Path:
@@ -397,17 +424,15 @@ def embeddings_path(args) -> pathlib.Path:
     return (pathlib.Path(args.out) / pathlib.Path(args.captions).name).with_suffix(".npz")
 
 
-def read_embeddings(path: pathlib.Path, used: str | None = None) -> tuple[dict[str, int], list[torch.Tensor]]:
-    """Caption -> its place in a list of [L, E] float16 tensors; nothing where there is no file or it was made with another CLIP."""
+def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tensor], str]:
+    """Caption -> its place in a list of [L, E] float16 tensors; that list; and which CLIP made it. Empty where there is no file."""
     import numpy
 
     if not path.exists():
-        return {}, []
+        return {}, [], ""
     stored = numpy.load(path)
-    if used not in (None, stored["used"].item()):
-        return {}, []
     states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
-    return {c: i for i, c in enumerate(stored["captions"].tolist())}, list(states)
+    return {c: i for i, c in enumerate(stored["captions"].tolist())}, list(states), stored["used"].item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,14 +443,15 @@ def read_embeddings(path: pathlib.Path, used: str | None = None) -> tuple[dict[s
 # A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such captions
 # would learn to copy the class word, which is right there and often wrong on new images. So the training images are
 # dealt out to k folds, fold f's captioner is trained on all the others, and captions fold f: no image is captioned by a
-# model that has seen it. (BLIP has not seen CIFAR-10's labels: it was trained on captions of web images and COCO.)
+# model that has seen it. (The real BLIP learned from captions of web images and of COCO. It may have met the originals
+# of some of CIFAR-10's images there, which come from the web, too; their CIFAR-10 labels it has not seen.)
 # ----------------------------------------------------------------------------------------------------------------------
 
 HUES = "red yellow green cyan blue purple".split()
 
 
 def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
-    """"a cat on dark green far away": the class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
+    """"the cat on dark green far away": the class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
 
     Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has another colour.
     The class word comes first, as the words before it can't help to find it.
@@ -439,7 +465,7 @@ def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) ->
     bright, spread = ground.mean(dim=1) > 0.5, ground.amax(dim=1) - ground.amin(dim=1)  # [n] each
     r, g, b = ground.unbind(dim=1)
     hue = (torch.atan2(3**0.5 * (g - b), 2 * r - g - b) / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
-    return [f"a {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'} {'close up' if near else 'far away'}"
+    return [f"the {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'} {'close up' if near else 'far away'}"
             for k, light, h, s, near in zip(labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist(), close.tolist())]  # fmt: skip
 
 
@@ -448,11 +474,11 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
 
     BLIP enlarges its images (to 384 pixels), and so does this one: patches of 8 pixels then show less of the image each,
     so it sees details that our 16 patches blur, and errs elsewhere than the image model. The encoder can start from
-    there because the crops of contrastive_view were enlarged, too; its positions are interpolated, as usual for ViTs.
+    there, best after InfoNCE, whose crops were enlarged, too; its positions are interpolated, as usual for ViTs.
     """
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
     at = {word: i for i, word in enumerate(vocabulary)}
     c = encoder.config
     both = {"hidden_size": c["dim"], "intermediate_size": 4 * c["dim"], "num_attention_heads": c["heads"]}
@@ -472,7 +498,7 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
     ours = re.compile(r"\b(" + "|".join(map(re.escape, theirs)) + r")\b")
     model.vision_model.load_state_dict({ours.sub(lambda name: theirs[name[0]], k): v for k, v in weights.items()})
     standard = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # as vit.standardise
-    return model, BlipProcessor(BlipImageProcessor(size={"height": size, "width": size}, **standard), BertTokenizer(vocab=at))
+    return model, BlipProcessor(BlipImageProcessor(size={"height": size, "width": size}, **standard), BertTokenizer(vocab=at, bos_token="[DEC]"))
 
 
 SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
@@ -500,27 +526,31 @@ def tiny(args) -> None:
         ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(machine.device)  # [n, L + 2]
         ids[:, 0] = model.config.text_config.bos_token_id
         weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)
-        weight[-len(classes) :] = args.class_weight  # the one word that is hard to find
+        weight[-len(classes) :] = 8.0  # the one word that is hard to find
         others = (turn != fold).nonzero()[:, 0]
         run = vit.Run(args, f"tiny_blip_{fold}", model, machine, len(others) // args.batch)
         for _ in run.epochs():
             for i in run.steps(data.shuffled_batches(len(others), args.batch, run.generator)):
                 index = others[i]  # [B]
-                pixels = processor(images=data.crop_flip(images[index], run.generator), do_rescale=False, return_tensors="pt")["pixel_values"]
+                shifted = (255 * data.crop_flip(images[index], run.generator)).round().byte()  # the processor takes pixels of 0 to 255
+                pixels = pixel_values(processor, shifted)
                 with machine.autocast():
                     logits = model(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
                 target = ids[index, 1:]  # [B, L + 1]: every word from those before it
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), weight)
                 loss.backward()
                 right = (logits[:, :-1].argmax(dim=2) == target).float()
-                run.step(loss=loss, words=right.mean(), train=right[:, 1].mean())  # a, class word
-        model.save_pretrained(out / f"tiny_blip_{fold}")
-        processor.save_pretrained(out / f"tiny_blip_{fold}")
+                run.step(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the, class word
+        try:
+            model.save_pretrained(out / f"tiny_blip_{fold}")
+            processor.save_pretrained(out / f"tiny_blip_{fold}")
+        except Exception as error:  # a full disk; the library raises several kinds
+            sys.exit(f"can't write {out / f'tiny_blip_{fold}'} ({first_line(error)}); free some space, then type the same command")
 
     model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
     tokens = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])(truth).to(machine.device)  # [n, 16]
     contrast = open_clip.ClipLoss()
-    run = vit.Run(argparse.Namespace(**vars(args) | {"epochs": args.clip_epochs}), "tiny_clip", model, machine, len(images) // args.batch)
+    run = vit.Run(argparse.Namespace(**vars(args) | {"epochs": 1}), "tiny_clip", model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
             pixels = vit.standardise(data.crop_flip(images[index], run.generator))
@@ -542,33 +572,33 @@ def tiny(args) -> None:
 
 
 class Text:
-    """The embedded captions of a caption file, on the device."""
+    """The embedded captions of a file, on the device: states [U, L, E], which of them are words [U, L], and whose CLIP made them."""
 
     def __init__(self, args, device: torch.device):
-        self.place, states = read_embeddings(embeddings_path(args))
-        if args.text != "tokens":
+        _, self.captions, _ = read_captions(args.captions)
+        self.place, states, self.clip = read_embeddings(embeddings_path(args))
+        if set(self.captions.values()) - self.place.keys():
+            sys.exit(f"not all of these captions are embedded; `python multimodal.py embed --captions {args.captions} --out {args.out}` does it")
+        if args.text == "pooled":
             states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
-        if states:
-            self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
-            self.real = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)  # [U, L]
-        self.args = args
+        self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)
+        self.is_word = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)
+        self.control = args.control
 
     def of(self, split: str, number: int):
-        """A function from indices [B] of the first `number` images of a split to what Fusion.forward takes: embeddings
-        [B, L, E] and which of them are words [B, L], or twice None with --text none."""
-        captions = captions_of(self.args.captions, split, number)
-        if set(captions) - self.place.keys():
-            sys.exit(f"{embeddings_path(self.args)} lacks captions of this file; `python multimodal.py embed --captions {self.args.captions}` adds them")
+        """The captions that the first `number` images of a split get, and a function from indices [B] of these images to what
+        Fusion.forward takes: embeddings [B, L, E] and which are words [B, L]; for the control image_only twice None."""
+        captions = captions_of(self.captions, split, number)
+        if self.control == "shuffled":
+            captions = captions[1:] + captions[:1]  # every image gets its neighbour's; neighbours have nothing in common
         at = torch.tensor([self.place[c] for c in captions], device=self.states.device)  # [n]
-        if self.args.shuffled:
-            at = at[torch.randperm(number, generator=torch.Generator().manual_seed(self.args.seed)).to(at.device)]
-        if self.args.text == "none":
-            return lambda index: (None, None)
-        return lambda index: (self.states[at[index]].float(), self.real[at[index]])
+        if self.control == "image_only":
+            return captions, lambda index: (None, None)
+        return captions, lambda index: (self.states[at[index]].float(), self.is_word[at[index]])
 
 
 def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions (text: from Text.of)."""
+    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions (text: the function from Text.of)."""
     model.eval()
     logits = []
     for index in torch.arange(len(images), device=images.device).split(1024):
@@ -586,20 +616,22 @@ def fuse(args) -> None:
     args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
     start = video.load_video(args.checkpoint)
     args.blocks = len(start.blocks)
-    variant = ["1" if args.blocks == 1 else "", "seen" if header.get("seen") else "", "shuffled" if args.shuffled else "",
-               {"pooled": "", "tokens": "tokens", "none": "image_only"}[args.text], "" if args.image else "text_only"]  # fmt: skip
-    name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
+    name = args.name or "_".join(["fusion", header["captioner"], *(["1"] if args.blocks == 1 else []), *(["seen"] if header.get("seen") else []),
+                                  *(["tokens"] if args.text == "tokens" else []), *([args.control] if args.control else [])])  # fmt: skip
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
     text = Text(args, machine.device)
-    of_train, of_validation = text.of("train", len(images)), text.of("validation", len(validation))
-    model = Fusion(start, text.states.shape[2], args.image).to(machine.device)
+    args.clip = text.clip  # goes into the checkpoint: other embeddings are another run
+    (_, of_train), (_, of_validation) = text.of("train", len(images)), text.of("validation", len(validation))
+    model = Fusion(start, text.states.shape[2], image=args.control != "text_only").to(machine.device)
+    cutmix = 0.0 if args.control == "text_only" else args.cutmix  # without the image nothing could tell what was mixed in
 
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, args.cutmix)
+            # a mixed image keeps the caption of the image that it was pasted into
+            x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, cutmix)
             with machine.autocast():
                 logits = model(x, *of_train(index))  # [B, K]
             loss = data.cutmix_loss(logits, labels[index], other, share, args.smoothing)
@@ -611,18 +643,17 @@ def fuse(args) -> None:
     if kept.exists() and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    of_images = text.of(args.split, len(images))
+    captions, of_images = text.of(args.split, len(images))
     logits = predict(model, images, of_images, machine)
-    shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # the first two images of each class
-    captions = captions_of(args.captions, args.split, len(images))
+    shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # for the figures: the first two images of each class
     arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown], "captions": [captions[i] for i in shown.tolist()]}
-    if args.text == "tokens" and args.image:
+    if args.text == "tokens" and args.control != "image_only":
         trace = []
         with torch.no_grad():
             model(images[shown].float() / 255, *of_images(shown), trace)
-        arrays |= {"weights": trace[0].mean(dim=1)[:, 0], "words": [words(c) for c in arrays["captions"]]}  # [B, H, 1, L] -> [B, L], the mean of the heads
+        arrays |= {"weights": trace[0].mean(dim=1)[:, 0], "words": spelled(arrays["captions"])}  # [B, H, 1, L] -> [B, L], the mean of the heads
     vit.write_npz(kept, **arrays)
-    vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"],
+    vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"], clip=text.clip,
                report=REPORT if name in ("fusion_blip", "fusion_tiny") else None, train=run.history["train"][-1], validation=run.history["validation"][-1],
                epochs=run.epoch, seconds=run.seconds, weights=vit.fingerprint(run.path))  # fmt: skip
 
@@ -641,8 +672,6 @@ def main() -> None:
     p.add_argument("--checkpoint", metavar="FILE", required=True, help="start BLIP's image tower from this encoder; one that has seen no labels")
     p.add_argument("--folds", type=vit.positive, default=2, help="small BLIPs, each trained without one part of the images (default: %(default)s)")
     p.add_argument("--enlarge", type=vit.positive, default=48, help="pixels to which the small BLIP enlarges images (default: %(default)s)")
-    p.add_argument("--class-weight", type=float, default=8.0, help="weight of the class word in the loss (default: %(default)s)")
-    p.add_argument("--clip-epochs", type=vit.positive, default=1, help="epochs of the small CLIP (default: %(default)s)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common, blip], help="caption every image")
@@ -664,9 +693,8 @@ def main() -> None:
     p.add_argument("--captions", metavar="FILE", required=True, help="caption file, embedded before")
     p.add_argument("--blocks", type=vit.positive, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
     p.add_argument("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
-    p.add_argument("--text", choices=["pooled", "tokens", "none"], default="pooled", help="one vector per caption, one per word, or the control image only")
-    p.add_argument("--image", action=argparse.BooleanOptionalAction, default=True, help="no: the control text only")
-    p.add_argument("--shuffled", action="store_true", help="control: every image gets the caption of another")
+    p.add_argument("--text", choices=["pooled", "tokens"], default="pooled", help="one vector per caption, or one per word (default: %(default)s)")
+    p.add_argument("--control", choices=["image_only", "text_only", "shuffled"], help="without captions, without the image, or with other images' captions")
     p.add_argument("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)

@@ -128,7 +128,8 @@ stage "and every image classified by itself, too"      "${video[@]}" --name vide
 fi
 
 # ---------------------------------------------------------------- stage 3: language
-captioner=$(python multimodal.py captioner "${common[@]}")  # blip or tiny; the reason goes to the terminal
+if [ -e "$out/captions_blip.jsonl" ]; then captioner=blip  # begun here, or brought from another machine
+else captioner=$(python multimodal.py captioner "${common[@]}"); fi  # blip or tiny; the reason goes to the terminal
 captions=$out/captions_$captioner.jsonl
 if [ "$captioner" = tiny ]; then
 stage "a small BLIP for each fold, a small CLIP"       python multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $talk "${common[@]}"
@@ -137,11 +138,11 @@ stage "a caption for every image"                      python multimodal.py capt
 stage "CLIP embeddings of the captions"                python multimodal.py embed --captions "$captions" "${common[@]}"
 fuse=(python multimodal.py fuse --epochs $join --cutmix $cutmix "${common[@]}" --captions)
 stage "fusion: the image asks, the caption answers"    "${fuse[@]}" "$captions"
-stage "control: image only"                            "${fuse[@]}" "$captions" --text none
-stage "control: text only"                             "${fuse[@]}" "$captions" --no-image
+stage "control: image only"                            "${fuse[@]}" "$captions" --control image_only
+stage "control: text only"                             "${fuse[@]}" "$captions" --control text_only
 stage "fusion with attention over words"               "${fuse[@]}" "$captions" --text tokens
 if [ "$profile" != laptop ]; then
-stage "control: every caption from another image"      "${fuse[@]}" "$captions" --shuffled
+stage "control: every caption from another image"      "${fuse[@]}" "$captions" --control shuffled
 stage "fusion on the video model of one block"         "${fuse[@]}" "$captions" --blocks 1
 if [ "$captioner" = tiny ]; then  # what happens when a captioner describes images whose labels it has seen
 stage "captions by models that saw the labels"         python multimodal.py caption --captioner tiny --seen "${common[@]}"

@@ -556,7 +556,7 @@ def command(parser: argparse.ArgumentParser) -> None:
         lock_folder(pathlib.Path(args.out))
         args.run(args)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch)", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
         if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
