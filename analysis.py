@@ -21,6 +21,7 @@ import argparse
 import io
 import json
 import pathlib
+import textwrap
 
 import numpy as np
 import torch
@@ -468,19 +469,12 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     for i, image in enumerate(pixels(both["images"])):
         x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
         page.paste(image, x, y, 84)
-        for line, text in enumerate(wrapped(both["captions"][i], 15)[:3]):
+        for line, text in enumerate(textwrap.wrap(both["captions"][i], 15)[:5]):
             page.text(x + 92, y + 14 * line, text, 12)
         page.text(x, y + 90, f"it is: {names[truth[k]]}", 13)
         for line, (what, guess, ok) in enumerate((("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))):
             page.text(x, y + 106 + 16 * line, f"{what}: {names[guess]}", 13, LINES[2] if ok else LINES[4])
     return page
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of about so many characters."""
-    import textwrap
-
-    return textwrap.wrap(text, width)
 
 
 def draw_words(args: argparse.Namespace, footer: str) -> Page:
@@ -518,7 +512,8 @@ def draw_controls(args: argparse.Namespace, footer: str) -> Page:
     for r, (name, what, value) in enumerate(bars):
         y = page.top + 14 + 44 * r
         page.text(478, y + 13, what, 13, anchor="rm")
-        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0] if name in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens") else GREY)
+        fusion = name in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens")
+        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0] if fusion else GREY)
         page.text(498 + 460 * value, y + 13, f"{100 * value:.2f} %", 13, anchor="lm")
     return page
 

@@ -290,11 +290,13 @@ def caption(args) -> None:
         print(f"captioner: {args.captioner}; {why}", flush=True)
     if args.seen and args.captioner == "blip":
         sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
-    machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
-    header = {"captioner": args.captioner, "dataset": data.describe(args.data)["dataset"], "beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    machine, out = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out)
+    about, classes = data.describe(args.data), data.class_names(args.data)
+    header = {"captioner": args.captioner, "dataset": about["dataset"], "beams": args.beams, "max_new_tokens": args.max_new_tokens}
     if args.captioner == "tiny":
         models = small_blips(out)
-        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": vit.fingerprint(*(f"{m}/model.safetensors" for m in models))}
+        weights = vit.fingerprint(*(f"{m}/model.safetensors" for m in models))
+        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
     else:
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
@@ -324,7 +326,7 @@ def caption(args) -> None:
         shares[split] = {"right": (named == labels).float().mean().item(), "silent": (named < 0).float().mean().item()}  # silent: names no class
 
     seen = {f"{split}_{k}": v for split in {"train", "validation", args.split} for k, v in shares[split].items()}
-    vit.record(args, path.stem, machine, data.describe(args.data), value=shares[args.split]["right"], captioner=args.captioner,
+    vit.record(args, path.stem, machine, about, value=shares[args.split]["right"], captioner=args.captioner,
                model=header["model"], **seen, weights=vit.fingerprint(path))  # fmt: skip
 
 
@@ -363,7 +365,9 @@ def load_clip(name: str, weights: str | None):
     except Exception as error:  # offline, no such model, no such file, not weights: open_clip raises many kinds
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
         fetch = f"where there is a network, `hf download {hub} --include 'open_clip*'` fetches it (into HF_HOME); or " if hub else ""
-        advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip" if local else f"{fetch}name a file with --clip-weights"
+        advice = f"{fetch}name a file with --clip-weights"
+        if local:
+            advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip"
         sys.exit(f"can't load the CLIP {name}{'' if local else f' with weights {weights}'} ({first_line(error)}); {advice}")
     if not torch.is_tensor(getattr(model, "text_projection", None)):
         sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose a --clip such as {CLIP[0]}")
@@ -391,7 +395,9 @@ def embed(args) -> None:
     own = f"local-dir:{pathlib.Path(args.out) / 'tiny_clip'}"
     name = args.clip or (own if header["captioner"] == "tiny" else CLIP[0])
     path, folder = embeddings_path(args), pathlib.Path(name.removeprefix("local-dir:"))
-    used = f"{name} {vit.fingerprint(*sorted(folder.glob('*')))}" if folder.is_dir() else f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
+    used = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
+    if folder.is_dir():
+        used = f"{name} {vit.fingerprint(*sorted(folder.glob('*')))}"
     known, states, before = read_embeddings(path)
     if before != used:
         known, states = {}, []
@@ -478,13 +484,15 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
     """
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *"the on bright dark grey".split(), *HUES,
+                  *"close up far away".split(), *classes]  # fmt: skip
     at = {word: i for i, word in enumerate(vocabulary)}
     c = encoder.config
     both = {"hidden_size": c["dim"], "intermediate_size": 4 * c["dim"], "num_attention_heads": c["heads"]}
     image = both | {"image_size": size, "patch_size": c["patch_size"], "num_hidden_layers": c["depth"]}
     text = both | {"vocab_size": len(at), "num_hidden_layers": 2, "encoder_hidden_size": c["dim"], "max_position_embeddings": 16,
-                   "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"], "sep_token_id": at["[SEP]"], "pad_token_id": at["[PAD]"]}  # fmt: skip
+                   "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"], "sep_token_id": at["[SEP]"],
+                   "pad_token_id": at["[PAD]"]}  # fmt: skip
     model = BlipForConditionalGeneration(BlipConfig(vision_config=image, text_config=text))
 
     weights = encoder.state_dict()
@@ -515,7 +523,7 @@ def tiny(args) -> None:
     if args.folds < 2:
         sys.exit("--folds must be at least 2: with one, every training image would be captioned by a model that has seen its label")
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
-        sys.exit(f"{args.checkpoint} was trained on labels, of all training images; choose an encoder that has seen none, from `ssl.py pretrain`")
+        sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder that has seen none, from `ssl.py pretrain`")
     encoder, truth = vit.make_encoder(args, args.checkpoint), sentences(images, labels, classes)
     if args.enlarge % args.patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {args.patch}-pixel patches")
@@ -646,16 +654,18 @@ def fuse(args) -> None:
     captions, of_images = text.of(args.split, len(images))
     logits = predict(model, images, of_images, machine)
     shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # for the figures: the first two images of each class
-    arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown], "captions": [captions[i] for i in shown.tolist()]}
+    arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown],
+              "captions": [captions[i] for i in shown.tolist()]}  # fmt: skip
     if args.text == "tokens" and args.control != "image_only":
         trace = []
         with torch.no_grad():
             model(images[shown].float() / 255, *of_images(shown), trace)
-        arrays |= {"weights": trace[0].mean(dim=1)[:, 0], "words": spelled(arrays["captions"])}  # [B, H, 1, L] -> [B, L], the mean of the heads
+        weights = trace[0].mean(dim=1)[:, 0]  # [B, H, 1, L] -> [B, L], the mean of the heads
+        arrays |= {"weights": weights, "words": spelled(arrays["captions"])}
     vit.write_npz(kept, **arrays)
-    vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"], clip=text.clip,
-               report=REPORT if name in ("fusion_blip", "fusion_tiny") else None, train=run.history["train"][-1], validation=run.history["validation"][-1],
-               epochs=run.epoch, seconds=run.seconds, weights=vit.fingerprint(run.path))  # fmt: skip
+    vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"],
+               clip=text.clip, report=REPORT if name in ("fusion_blip", "fusion_tiny") else None, train=run.history["train"][-1],
+               validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds, weights=vit.fingerprint(run.path))  # fmt: skip
 
 
 def main() -> None:
@@ -670,12 +680,12 @@ def main() -> None:
 
     p = stages.add_parser("tiny", parents=[common, vit.training_arguments(epochs=15, lr=1e-3)], help=tiny.__doc__)
     p.add_argument("--checkpoint", metavar="FILE", required=True, help="start BLIP's image tower from this encoder; one that has seen no labels")
-    p.add_argument("--folds", type=vit.positive, default=2, help="small BLIPs, each trained without one part of the images (default: %(default)s)")
+    p.add_argument("--folds", type=vit.positive, default=2, help="parts of the images, a small BLIP for each (default: %(default)s)")
     p.add_argument("--enlarge", type=vit.positive, default=48, help="pixels to which the small BLIP enlarges images (default: %(default)s)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common, blip], help="caption every image")
-    p.add_argument("--captioner", choices=["auto", "blip", "tiny"], default="auto", help="default: blip with a CUDA GPU and its weights at hand, else tiny")
+    p.add_argument("--captioner", choices=["auto", "blip", "tiny"], default="auto", help="default: blip with a CUDA GPU and the weights, else tiny")
     p.add_argument("--seen", action="store_true", help="tiny: let every training image be captioned by a model that has seen its label")
     p.add_argument("--beams", type=vit.positive, default=1, help="of beam search (default: 1, greedy)")
     p.add_argument("--max-new-tokens", type=vit.positive, default=20, help="longest caption (default: %(default)s)")
@@ -689,12 +699,12 @@ def main() -> None:
     p.add_argument("--clip-weights", default=CLIP[1], help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
-    p = stages.add_parser("fuse", parents=[common, vit.training_arguments(epochs=25, lr=5e-4)], help="train the cross-attention block and all below")
+    p = stages.add_parser("fuse", parents=[common, vit.training_arguments(epochs=25, lr=5e-4)], help="train on images with captions")
     p.add_argument("--captions", metavar="FILE", required=True, help="caption file, embedded before")
     p.add_argument("--blocks", type=vit.positive, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
     p.add_argument("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
-    p.add_argument("--text", choices=["pooled", "tokens"], default="pooled", help="one vector per caption, or one per word (default: %(default)s)")
-    p.add_argument("--control", choices=["image_only", "text_only", "shuffled"], help="without captions, without the image, or with other images' captions")
+    p.add_argument("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word (default: %(default)s)")
+    p.add_argument("--control", choices=["image_only", "text_only", "shuffled"], help="leave out the text or the image, or mix up the captions")
     p.add_argument("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
