@@ -128,6 +128,7 @@ stage "and every image classified by itself, too"      "${video[@]}" --name vide
 fi
 
 # ---------------------------------------------------------------- stage 3: language
+printf '\n== captions by the real BLIP, or by a small one of our own?\n'
 if [ -e "$out/captions_blip.jsonl" ]; then captioner=blip  # begun here, or brought from another machine
 else captioner=$(python multimodal.py captioner "${common[@]}"); fi  # blip or tiny; the reason goes to the terminal
 captions=$out/captions_$captioner.jsonl

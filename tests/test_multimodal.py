@@ -288,6 +288,23 @@ def test_the_whole_stage_leaves_its_rows_and_figures(finished):
     assert vit.load_encoder(finished / "fusion_tiny.pt").config["dim"] == D  # as of any stage
 
 
+def test_the_real_models_way_with_small_ones_from_folders(finished, tmp_path):
+    """BLIP and CLIP by name or folder, whatever their size: every step, row and picture says blip."""
+    out = ["--out", tmp_path, *TINY]
+    call(multimodal, "caption", "--captioner", "blip", "--blip", finished / "tiny_blip_0", "--beams", 2, "--max-new-tokens", 3, *out)
+    header, captions, _ = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
+    assert header["captioner"] == "blip" and header["model"] == str(finished / "tiny_blip_0") and header["beams"] == 2
+    assert len(captions) == 3 * 320 and all(len(c.split()) <= 3 for c in captions.values())
+    call(multimodal, "embed", "--captions", tmp_path / "captions_blip.jsonl", "--clip", f"local-dir:{finished / 'tiny_clip'}", *out)
+    for control in ([], ["--control", "image_only"]):
+        call(multimodal, "fuse", "--captions", tmp_path / "captions_blip.jsonl", "--checkpoint", finished / "video_encoder_2.pt", *control, *FAST, *out)
+    rows = vit.read_results(tmp_path)["rows"]
+    assert {"captions_blip_validation", "fusion_blip_validation", "fusion_blip_image_only_validation"} == rows.keys()
+    assert rows["fusion_blip_validation"]["report"] == multimodal.REPORT and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
+    assert "figures/captions.png" in call(analysis, "figures", *out)
+    assert "blip captions: fusion, two blocks" in call(analysis, "report", *out)
+
+
 def test_captions_are_the_same_after_a_kill(finished):
     path = finished / "captions_tiny.jsonl"
     before, raw = multimodal.read_captions(path), path.read_bytes()
