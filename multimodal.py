@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # [B, H, T, L]
         if is_word is not None:
-            scores = scores.masked_fill(~is_word[:, None, None, :], -torch.inf)
+            scores = scores.masked_fill(~is_word[:, None, None, :], -torch.inf)  # [B, 1, 1, L]
         weights = scores.softmax(dim=-1)
         out = (weights @ v).transpose(1, 2).reshape(B, T, D)  # [B, H, T, D/H] -> [B, T, H, D/H] -> [B, T, D]
         return self.proj(out), weights
@@ -325,9 +325,9 @@ def caption(args) -> None:
         named = torch.tensor([named_class(c, classes) for c in captions_of(done, split, len(labels))])
         shares[split] = {"right": (named == labels).float().mean().item(), "silent": (named < 0).float().mean().item()}  # silent: names no class
 
-    seen = {f"{split}_{k}": v for split in {"train", "validation", args.split} for k, v in shares[split].items()}
+    also = {f"{split}_{k}": v for split in ("train", "validation", args.split) for k, v in shares[split].items()}  # test: only if asked
     vit.record(args, path.stem, machine, about, value=shares[args.split]["right"], captioner=args.captioner,
-               model=header["model"], **seen, weights=vit.fingerprint(path))  # fmt: skip
+               model=header["model"], **also, weights=vit.fingerprint(path))  # fmt: skip
 
 
 def append(path: pathlib.Path, lines: str) -> None:
