@@ -4,7 +4,7 @@
 #   bash run_all.sh [quick|laptop|full] [--data DIR] [--fresh]     default: full with a CUDA GPU, else laptop
 #   bash run_all.sh test                                           the tests (about three minutes)
 #
-# quick: a few thousand images, to see that everything works (3 minutes on two cores)
+# quick: a few thousand images, to see that everything works (5 minutes on two cores)
 # laptop: all images, few epochs          full: the report's epochs
 #
 # A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again (without --fresh).
