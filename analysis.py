@@ -461,7 +461,7 @@ def captioner_of(args: argparse.Namespace) -> str:
 def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     """Images with their captions, and what the fusion model and the control without text answer."""
     who, names, out = captioner_of(args), data.class_names(args.data), pathlib.Path(args.out)
-    both, alone = np.load(out / f"fusion_{who}.npz"), np.load(out / f"fusion_{who}_image_only.npz")
+    both, alone = (np.load(out / f"{vit.row_name(args, name)}.npz") for name in (f"fusion_{who}", f"fusion_{who}_image_only"))
     truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
     page = Page(1100, 645, f"Captions by the {MADE_BY[who]}, and what they change",
                 f"Beside each image its caption, under it the true class, then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
@@ -469,7 +469,7 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     for i, image in enumerate(pixels(both["images"])):
         x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
         page.paste(image, x, y, 84)
-        for line, text in enumerate(textwrap.wrap(both["captions"][i], 15)[:5]):
+        for line, text in enumerate(textwrap.wrap(both["captions"][i], 15, max_lines=5, placeholder=" ...")):
             page.text(x + 92, y + 14 * line, text, 12)
         page.text(x, y + 90, f"it is: {names[truth[k]]}", 13)
         for line, (what, guess, ok) in enumerate((("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))):
@@ -480,9 +480,10 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
 def draw_words(args: argparse.Namespace, footer: str) -> Page:
     """How the image's query shares its attention among the words of the caption."""
     who, names = captioner_of(args), data.class_names(args.data)
-    stored = np.load(pathlib.Path(args.out) / f"fusion_{who}_tokens.npz")
+    stored = np.load(pathlib.Path(args.out) / f"{vit.row_name(args, f'fusion_{who}_tokens')}.npz")
     weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
-    page = Page(1000, 30 + 62 * len(rows), f"Which words does the image ask? Captions by the {MADE_BY[who]}",
+    widths = {i: [max(52, 9 * len(word) + 14) for word in stored["words"][i].split(" ")] for i in rows}
+    page = Page(max(1000, 220 + max(map(sum, widths.values()))), 30 + 62 * len(rows), f"Which words does the image ask? Captions by the {MADE_BY[who]}",
                 "Attention of the temporal CLS over the tokens of the caption (mean of the heads; each row adds up to one). CLIP reads from left to right, so a\n"
                 "token's state knows all words before it: attention on the end of the sentence can still be about its beginning.", footer)  # fmt: skip
     high = weights.max()
@@ -490,8 +491,7 @@ def draw_words(args: argparse.Namespace, footer: str) -> Page:
         x, y, truth = 190, page.top + 12 + 62 * r, stored["labels"][stored["shown"][i]]
         page.paste(pixels(stored["images"][i]), 24, y, 54)
         page.text(88, y + 27, names[truth], 14, anchor="lm")
-        for word, w in zip(stored["words"][i].split(" "), weights[i]):
-            width = max(52, 9 * len(word) + 14)
+        for word, width, w in zip(stored["words"][i].split(" "), widths[i], weights[i]):
             page.draw.rectangle([x, y + 8, x + width - 4, y + 46], fill=tuple(int(255 - (255 - c) * w / high) for c in LINES[0]))
             ink = PAPER if w > 0.6 * high else INK
             page.text(x + width / 2 - 2, y + 20, word, 13, ink, "mm")
@@ -507,8 +507,8 @@ def draw_controls(args: argparse.Namespace, footer: str) -> Page:
     if not bars:
         raise FileNotFoundError("no row of multimodal.py")
     page = Page(1060, 40 + 44 * len(bars), f"Does the caption help, or merely answer? Captions by the {MADE_BY[who]}",
-                f"Accuracy on static videos of the {args.split} split, the controls trained like fusion itself. Help: fusion is above both image only and text only. Merely "
-                "answer: fusion is\nno better than reading the class name off the caption.", footer)  # fmt: skip
+                f"Accuracy on static videos of the {args.split} split, each control trained like fusion, the first not at all. Help: fusion is above both image only "
+                "and text only.\nMerely answer: fusion is no better than reading the class name off the caption.", footer)  # fmt: skip
     for r, (name, what, value) in enumerate(bars):
         y = page.top + 14 + 44 * r
         page.text(478, y + 13, what, 13, anchor="rm")
@@ -559,7 +559,7 @@ def language_rows(who: str) -> dict[str, tuple]:
     return {
         f"captions_{who}": (f"{by}: class named in the caption, no training", None),
         f"{fusion}_text_only": (f"{by}: text only", f"captions_{who}"),
-        f"{fusion}_image_only": ("image only: the gate to the text closed", "video_encoder_2"),
+        f"{fusion}_image_only": (f"{by}: image only, the gate to the text closed", "video_encoder_2"),
         fusion: (f"{by}: fusion, two blocks", f"{fusion}_image_only"),
         f"{fusion}_1": (f"{by}: fusion, one block", fusion),
         f"{fusion}_tokens": (f"{by}: fusion, attention over words", fusion),

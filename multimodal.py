@@ -126,7 +126,7 @@ class Fusion(nn.Module):
         self.video = model
         self.project = nn.Linear(text_dim, dim)
         self.block = CrossBlock(dim, model.encoder.config["heads"])
-        self.query = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.cls = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     @property
     def encoder(self) -> vit.ViT:
@@ -136,11 +136,11 @@ class Fusion(nn.Module):
     def forward(self, images: torch.Tensor, text: torch.Tensor | None = None, is_word: torch.Tensor | None = None,
                 trace: list | None = None) -> torch.Tensor:  # fmt: skip
         """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; is_word: [B, L] -> class logits [B, K]."""
-        if self.query is None:
+        if self.cls is None:
             shown = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)  # [B, F]: always image 0
             x = self.video.tokens(images[:, None], shown)[0][:, :1]  # [B, 1 + F, D] -> CLS [B, 1, D]
         else:
-            x = self.query.expand(len(images), -1, -1)  # [B, 1, D]
+            x = self.cls.expand(len(images), -1, -1)  # [B, 1, D]
         x = self.block(x, None if text is None else self.project(text), is_word, trace)
         return self.video.head(self.video.norm(x[:, 0]))
 
@@ -187,9 +187,10 @@ def pixel_values(processor, images: torch.Tensor) -> torch.Tensor:
 
 def write_captions(model, processor, images: torch.Tensor, args, machine: vit.Machine) -> list[str]:
     """The captions of uint8 images [n, 3, S, S]."""
+    longest = min(args.max_new_tokens, model.config.text_config.max_position_embeddings - 1)
     pixels = pixel_values(processor, images).to(model.dtype)
     with torch.no_grad(), machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext():
-        tokens = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=args.max_new_tokens)
+        tokens = model.generate(pixel_values=pixels, num_beams=args.beams, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
@@ -225,11 +226,9 @@ SYNONYMS = {"airplane": "plane jet aircraft airliner biplane", "automobile": "ca
 
 def named_class(caption: str, classes: list[str]) -> int:
     """The label of the first word that names a class, by itself or by a synonym, in singular or plural; -1 if none does."""
-    label = {word: k for k, name in enumerate(classes) for word in (name, *SYNONYMS.get(name, "").split())}
-    for word in re.findall("[a-z]+", caption.lower()):
-        if word in label or word.removesuffix("s") in label:
-            return label.get(word, label.get(word.removesuffix("s")))
-    return -1
+    names = [(word, k) for k, name in enumerate(classes) for word in (name, *SYNONYMS.get(name, "").split())]
+    label = dict(names) | {f"{word}s": k for word, k in names}
+    return next((label[word] for word in re.findall("[a-z]+", caption.lower()) if word in label), -1)
 
 
 def progress(batches: list, sizes: list[int], what: str):
@@ -268,13 +267,13 @@ def captioner(args) -> None:
 
 
 def small_blips(out: pathlib.Path) -> list[str]:
-    """The folders of the small BLIPs, by fold. Raises SystemExit unless all are there and trained to the end."""
+    """The folders of the small BLIPs, by fold. Raises SystemExit unless all are there, from one run of `tiny`, and trained to the end."""
     first = out / "tiny_blip_0.pt"
-    folds = vit.read_checkpoint(first)["settings"]["folds"] if first.exists() else 1
-    found = [out / f"tiny_blip_{fold}" for fold in range(folds)]
+    settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
+    found = [out / f"tiny_blip_{fold}" for fold in range(settings["folds"])]
     for folder in found:
-        state = vit.read_checkpoint(f"{folder}.pt") if first.exists() and (folder / "model.safetensors").exists() else None
-        if not state or state["optimizer"]:
+        state = vit.read_checkpoint(f"{folder}.pt") if (folder / "model.safetensors").exists() else None
+        if not state or state["optimizer"] or state["settings"] != settings:
             sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` trains a small BLIP for each fold")
     return [str(folder) for folder in found]
 
@@ -300,25 +299,31 @@ def caption(args) -> None:
     else:
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
+    loaded = {}
+
+    def captioner_of_fold(m: int):
+        if m not in loaded:
+            loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
+        return loaded[m]
+
     path = out / f"{args.name or 'captions_' + args.captioner + ('_seen' if args.seen else '')}.jsonl"
     if args.fresh or not path.exists():
+        captioner_of_fold(0)  # one that can't be had must not cost the captions of an earlier one
         vit.write_file(path, (json.dumps(header) + "\n").encode())
     made_by, done, whole = read_captions(path)
     if changed := [k for k, v in header.items() if made_by.get(k) != v]:
         sys.exit(f"{path} was made with another {changed[0].replace('_', '-')}; add --fresh to start over, or choose another --name")
 
     os.truncate(path, whole)  # drops a torn last line
-    loaded, shares = {}, {}
+    shares = {}
     for split in SPLITS:
         images, labels = data.load(args.data, split, limit=args.limit)
         fold = torch.arange(len(images)) % len(models)
         batches = [(m, index) for m in range(len(models)) for index in (fold == m).nonzero()[:, 0].split(args.batch)
                    if any((split, i) not in done for i in index.tolist())]  # fmt: skip
         for m, index in progress(batches, [len(index) for _, index in batches], f"{split} captions"):
-            m = (m + args.seen) % len(models)
-            if m not in loaded:
-                loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
-            written = zip(index.tolist(), write_captions(*loaded[m], images[index].to(machine.device), args, machine))
+            model, processor = captioner_of_fold((m + args.seen) % len(models))
+            written = zip(index.tolist(), write_captions(model, processor, images[index].to(machine.device), args, machine))
             new = {(split, i): c for i, c in written if (split, i) not in done}
             append(path, "".join(json.dumps({"split": split, "index": i, "caption": c}) + "\n" for (_, i), c in new.items()))
             done |= new
@@ -349,6 +354,7 @@ def first_line(error: BaseException) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Part 3: embeddings
 # ----------------------------------------------------------------------------------------------------------------------
+
 
 def load_clip(name: str, weights: str | None):
     """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or "local-dir:FOLDER".
@@ -397,7 +403,7 @@ def embed(args) -> None:
     path, folder = embeddings_path(args), pathlib.Path(name.removeprefix("local-dir:"))
     used = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     if folder.is_dir():
-        used = f"{name} {vit.fingerprint(*sorted(folder.glob('*')))}"
+        used = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
     known, states, before = read_embeddings(path)
     if before != used:
         known, states = {}, []
@@ -585,7 +591,7 @@ class Text:
     def __init__(self, args, device: torch.device):
         _, self.captions, _ = read_captions(args.captions)
         self.place, states, self.clip = read_embeddings(embeddings_path(args))
-        if set(self.captions.values()) - self.place.keys():
+        if not states or set(self.captions.values()) - self.place.keys():
             sys.exit(f"not all of these captions are embedded; `python multimodal.py embed --captions {args.captions} --out {args.out}` does it")
         if args.text == "pooled":
             states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
@@ -647,7 +653,7 @@ def fuse(args) -> None:
             run.step(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())
         run.note(validation=vit.accuracy(predict(model, validation, of_validation, machine), truth))
 
-    kept = run.path.with_suffix(".npz")
+    kept = run.path.with_name(vit.row_name(args, name) + ".npz")
     if kept.exists() and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)

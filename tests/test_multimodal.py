@@ -281,7 +281,7 @@ def test_the_whole_stage_leaves_its_rows_and_figures(finished):
     table = call(analysis, "report", "--out", finished, *TINY)
     blip = next(line for line in table.splitlines() if "blip captions: fusion" in line)
     assert "not measured here" in blip
-    stored = np.load(finished / "fusion_tiny_tokens.npz")
+    stored = np.load(finished / "fusion_tiny_tokens_validation.npz")
     assert [" ".join(w.split()[1:-1]) for w in stored["words"]] == stored["captions"].tolist()  # between <start> and <end>
     for sentence, weights in zip(stored["words"], stored["weights"]):
         assert weights.sum() == pytest.approx(1, abs=1e-5) and (weights[len(sentence.split()) :] == 0).all()
@@ -367,6 +367,11 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
         call(multimodal, "caption", "--captioner", "tiny", *["--seen"] * seen, "--name", f"by_{seen}", "--out", finished, *TINY)
         _, captions, _ = multimodal.read_captions(finished / f"by_{seen}.jsonl")
         assert len(captions) == 3 * 320 and all(by == f"tiny_blip_{(i + seen) % 2}" for (_, i), by in captions.items())
+    state = torch.load(finished / "tiny_blip_1.pt", weights_only=True)
+    torch.save(state | {"settings": state["settings"] | {"folds": 3}}, finished / "tiny_blip_1.pt")  # left behind by a run with more folds
+    with pytest.raises(SystemExit, match="tiny_blip_1 is not trained yet"):
+        call(multimodal, "caption", "--captioner", "tiny", "--out", finished, *TINY)
+    torch.save(state, finished / "tiny_blip_1.pt")
     weights = finished / "tiny_blip_1" / "model.safetensors"
     weights.rename(finished / "elsewhere.safetensors")  # as if `tiny` had been stopped
     with pytest.raises(SystemExit, match="tiny_blip_1 is not trained yet"):
@@ -395,6 +400,22 @@ def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finish
     torch.testing.assert_close(pooled[:, 0], torch.stack([states[place[own[i]]][-1] for i in index.tolist()]).float())
     assert text(control="shuffled")[0] == own[1:] + own[:1]
     assert text(control="image_only")[1:] == (None, None)
+
+
+def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
+    before = (finished / "captions_tiny.jsonl").read_bytes()
+    (tmp_path / "captions_blip.jsonl").write_bytes(before)
+    with pytest.raises(SystemExit, match="can't load the captioner .*no/such"):
+        call(multimodal, "caption", "--captioner", "blip", "--blip", tmp_path / "no/such", "--fresh", "--out", tmp_path, *TINY)
+    assert (tmp_path / "captions_blip.jsonl").read_bytes() == before
+
+
+def test_beams_and_long_captions(finished):
+    """The small BLIP has fewer positions than --max-new-tokens may ask for."""
+    blip, processor = multimodal.load_blip(finished / "tiny_blip_0", None, torch.device("cpu"))
+    nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)  # no word is likelier than another, so sentences don't end
+    args, machine = argparse.Namespace(beams=3, max_new_tokens=40), vit.Machine("cpu", "float32")
+    assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], args, machine)) == 5
 
 
 def test_another_clip_makes_another_fusion_run(finished):
