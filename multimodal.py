@@ -302,6 +302,7 @@ def caption(args) -> None:
     loaded = {}
 
     def captioner_of_fold(m: int):
+        """The (model, processor) of fold m, loaded when first needed."""
         if m not in loaded:
             loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
         return loaded[m]
