@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -299,13 +300,11 @@ def caption(args) -> None:
     else:
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
-    loaded = {}
 
+    @functools.cache
     def captioner_of_fold(m: int):
         """The (model, processor) of fold m, loaded when first needed."""
-        if m not in loaded:
-            loaded[m] = load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
-        return loaded[m]
+        return load_blip(models[m], args.revision if args.captioner == "blip" else None, machine.device)
 
     path = out / f"{args.name or 'captions_' + args.captioner + ('_seen' if args.seen else '')}.jsonl"
     if args.fresh or not path.exists():
@@ -587,12 +586,12 @@ def tiny(args) -> None:
 
 
 class Text:
-    """The embedded captions of a file, on the device: states [U, L, E], which of them are words [U, L], and whose CLIP made them."""
+    """The embeddings of captions by (split, index), on the device: states [U, L, E], which are words [U, L], whose CLIP made them."""
 
-    def __init__(self, args, device: torch.device):
-        _, self.captions, _ = read_captions(args.captions)
+    def __init__(self, args, captions: dict[tuple[str, int], str], device: torch.device):
+        self.captions = captions
         self.place, states, self.clip = read_embeddings(embeddings_path(args))
-        if not states or set(self.captions.values()) - self.place.keys():
+        if not states or set(captions.values()) - self.place.keys():
             sys.exit(f"not all of these captions are embedded; `python multimodal.py embed --captions {args.captions} --out {args.out}` does it")
         if args.text == "pooled":
             states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
@@ -624,19 +623,19 @@ def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> 
 
 def fuse(args) -> None:
     """Fine-tune the video model with the cross-attention block, or train a control; judge on static videos with captions."""
-    header, _, _ = read_captions(args.captions)
+    header, captions, _ = read_captions(args.captions)
     about = data.describe(args.data)
     if header["dataset"] != about["dataset"]:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about['dataset']}")
     args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
     start = video.load_video(args.checkpoint)
     args.blocks = len(start.blocks)
-    name = args.name or "_".join(["fusion", header["captioner"], *(["1"] if args.blocks == 1 else []), *(["seen"] if header.get("seen") else []),
-                                  *(["tokens"] if args.text == "tokens" else []), *([args.control] if args.control else [])])  # fmt: skip
+    variant = (args.blocks == 1 and "1", header.get("seen") and "seen", args.text == "tokens" and "tokens", args.control)
+    name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
-    text = Text(args, machine.device)
+    text = Text(args, captions, machine.device)
     args.clip = text.clip  # goes into the checkpoint: other embeddings are another run
     (_, of_train), (_, of_validation) = text.of("train", len(images)), text.of("validation", len(validation))
     model = Fusion(start, text.states.shape[2], image=args.control != "text_only").to(machine.device)
@@ -658,11 +657,11 @@ def fuse(args) -> None:
     if kept.exists() and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    captions, of_images = text.of(args.split, len(images))
+    read, of_images = text.of(args.split, len(images))  # the captions that the model reads: with shuffled, not the images' own
     logits = predict(model, images, of_images, machine)
     shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # for the figures: the first two images of each class
     arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown],
-              "captions": [captions[i] for i in shown.tolist()]}  # fmt: skip
+              "captions": [read[i] for i in shown.tolist()]}  # fmt: skip
     if args.text == "tokens" and args.control != "image_only":
         trace = []
         with torch.no_grad():

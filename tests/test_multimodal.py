@@ -388,7 +388,7 @@ def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finish
     def text(**options):
         options = {"text": "tokens", "control": None} | options
         args = argparse.Namespace(out=finished, captions=finished / "captions_tiny.jsonl", **options)
-        given, function = multimodal.Text(args, torch.device("cpu")).of("train", 50)
+        given, function = multimodal.Text(args, captions, torch.device("cpu")).of("train", 50)
         return given, *function(index)
 
     given, embeddings, is_word = text()
