@@ -377,8 +377,8 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     """Every metric that the image stages noted, epoch by epoch."""
-    states = {p.stem: vit.read_checkpoint(p) for p in sorted(pathlib.Path(args.out).glob("*.pt"))}
-    histories = {name: s["history"] for name, s in states.items() if s["settings"].get("stage") in ("pretrain", "finetune")}
+    paths = [pathlib.Path(args.out) / f"{name}.pt" for name in ("infonce", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch")]
+    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in paths if p.exists()}
     if not histories:
         raise FileNotFoundError("no checkpoint")
     panels = {}
@@ -547,6 +547,78 @@ def figures(args: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The moving picture
+# ----------------------------------------------------------------------------------------------------------------------
+
+FILM = {"infonce": "learning without labels: InfoNCE", "m_joint": "learning without labels: Model M and InfoNCE",
+        "finetune": "fine-tuning on labels"}  # fmt: skip
+
+
+def nearest_neighbours(queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int = 20) -> torch.Tensor:
+    """The class that most of the k keys of highest cosine have: queries [n, D], keys [m, D], labels [m] -> [n].
+
+    It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4, here without weights).
+    """
+    unit = torch.nn.functional.normalize
+    nearest = (unit(queries, dim=1) @ unit(keys, dim=1).T).topk(k, dim=1).indices  # [n, k]
+    return torch.nn.functional.one_hot(labels[nearest]).sum(dim=1).argmax(dim=1)  # [n, k, K] -> [n, K] -> [n]
+
+
+def movie(args: argparse.Namespace) -> None:
+    """Draw similarity maps and nearest neighbours' answers epoch by epoch into figures/learning.gif (needs --keep-epochs)."""
+    out, target = pathlib.Path(args.out), pathlib.Path(args.out) / "figures" / "learning.gif"
+    scenes = [("before any training", None)]
+    for name, what in FILM.items():
+        paths = sorted(out.glob(f"{name}-epoch*.pt"), key=lambda p: int(p.stem.split("-epoch")[1]))
+        chosen = sorted({round(i) for i in np.linspace(0, len(paths) - 1, min(8, len(paths)))})
+        scenes += [(f"{what}, epoch {i + 1} of {len(paths)}", paths[i]) for i in chosen]
+    if len(scenes) == 1:
+        raise SystemExit(f"{out} has no {next(iter(FILM))}-epoch1.pt; `python ssl.py pretrain --keep-epochs` makes it")
+    made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
+    if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
+        return print(f"{target}: drawn before", flush=True)
+
+    machine = vit.Machine(args.device, args.precision, args.seed)
+    train, validation = (data.load(args.data, split, machine.device, min(args.limit or 5_000, 5_000)) for split in ("train", "validation"))
+    shown = torch.stack([(validation[1] == k).nonzero()[1, 0] for k in validation[1].unique()])  # the second image of each class
+    maps, answers, right = [], [], []
+    for what, path in scenes:
+        encoder = (vit.load_encoder(path) if path else vit.make_encoder(args, None)).to(machine.device).eval()
+        with torch.no_grad(), machine.autocast():
+            keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(1000)]) for images, _ in (train, validation))
+            maps.append(token_similarity(encoder(validation[0][shown].float() / 255).float())[:, 0, 1:].cpu().numpy())  # [K, N]
+        guess = nearest_neighbours(queries, keys, train[1])
+        answers.append(guess[shown].tolist())
+        right.append((guess == validation[1]).float().mean().item())
+        print(f"{what}: nearest neighbours are right for {100 * right[-1]:.2f} %", flush=True)
+
+    names, side = data.class_names(args.data), int(maps[0].shape[1] ** 0.5)
+    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
+    frames = []
+    for f, (what, _) in enumerate(scenes):
+        page = Page(900, 350, what, "Validation images; below each, the cosine of CLS with every patch, and the class of most of its 20 nearest neighbours among "
+                    f"{len(train[1]):,}\ntraining images (green: right). Below: how often that is right for {len(validation[1]):,} images.", data.describe(args.data)["provenance"])  # fmt: skip
+        for i, image in enumerate(pixels(validation[0][shown].cpu())):
+            x = 24 + 86 * i
+            page.paste(image, x, page.top + 6, 80)
+            page.paste(colour(((maps[f][i] - low) / (high - low)).reshape(side, side)), x, page.top + 92, 80)
+            k = answers[f][i]
+            page.text(x + 40, page.top + 178, names[k], 13, LINES[2] if k == validation[1][shown[i]] else LINES[4], "ma")
+        line = [(90 + 700 * i / (len(scenes) - 1), page.top + 300 - 80 * (v - min(right)) / (max(right) - min(right) + 1e-9)) for i, v in enumerate(right)]
+        page.draw.line(line, fill=(215, 215, 220), width=2)
+        page.draw.line(line[: f + 1], fill=LINES[0], width=3) if f else None
+        page.draw.ellipse([line[f][0] - 4, line[f][1] - 4, line[f][0] + 4, line[f][1] + 4], fill=LINES[0])
+        page.text(line[f][0] + 8, line[f][1] + 12, f"{100 * right[f]:.1f} %", 14)
+        frames.append(page.image)
+    palette = frames[-1].quantize(200)  # one for all, so that what stands still costs nothing
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[900] * (len(frames) - 1) + [3000], loop=0, comment=made_from.encode())
+    vit.write_file(target, buffer.getvalue())
+    print(f"drew {target}, {len(frames)} frames, {len(buffer.getvalue()) / 1000:.0f} kB", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The table
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -607,11 +679,13 @@ def report(args: argparse.Namespace) -> None:
     if not rows:
         raise SystemExit(f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the stages that write them")
 
+    if args.seconds:
+        results["seconds"] = args.seconds
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
         rows["m_best_probe"] = results["rows"][vit.row_name(args, "m_best_probe")] = rows[best] | {"variant": best}
-        vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
         """One entry of the table: accuracies in percent, CKA and entropies as they are."""
@@ -636,7 +710,7 @@ def report(args: argparse.Namespace) -> None:
             "wrote them; they hold no knowledge from outside.") if "captions_tiny" in rows else ""  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     pictures = [f"### {name}\n\n![{name}](figures/{name}.png)\n" for name in FIGURES if (out / "figures" / f"{name}.png").exists()]
-    text = (f"# Results, profile {results['profile']}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
+    text = (f"# Results of {out.name}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
             f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
             "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
             "is chosen on the validation split." + tiny + "\n\n" + "\n".join(pictures))  # fmt: skip
@@ -650,11 +724,13 @@ def report(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
-    for function in (maps, cka, figures, report):
+    for function in (maps, cka, figures, movie, report):
         p = stages.add_parser(function.__name__, parents=[vit.common_arguments()], help=function.__doc__.split("\n")[0])
         if function in (maps, cka):
             p.add_argument("--before", required=True, help="checkpoint before fine-tuning")
             p.add_argument("--after", required=True, help="checkpoint after fine-tuning")
+        if function is report:
+            p.add_argument("--seconds", type=int, help="how long the whole run took, where it ran in one go")
         p.set_defaults(run=function)
     vit.command(parser)
 

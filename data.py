@@ -346,13 +346,20 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None, patch: int = 8, masked: int = 4,
-                  rotated: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: int64 [B], 0 to 3."""
+    turned = torch.stack([torch.rot90(x, k, dims=(-2, -1)) for k in range(4)])  # [4, B, ..., S, S]
+    return turned[angle, torch.arange(len(x), device=x.device)]  # [B, ..., S, S]
+
+
+def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None, patch: int = 8, masked: int = 4, rotated: int = 4,
+                  gap: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Model M's input: per image, black out `masked` random patches and turn `rotated` others by one angle.
 
     images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the rotated
     ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and rotated patches
-    together are the report's set A: 8 of the 16 patches, half of them masked.
+    together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens so many pixels along each
+    border of every patch, so that no line goes on from one patch to the next and betrays which one was turned.
     Raises ValueError when there are fewer than masked + rotated patches.
     """
     x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
@@ -362,10 +369,13 @@ def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None
     order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # a random permutation per image
     mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
-    b = torch.arange(B, device=x.device)
-    turned = torch.stack([torch.rot90(take(x, turn_at), k, dims=(3, 4)) for k in range(4)])  # [4, B, rotated, C, P, P]
-    x[b[:, None], turn_at] = turned[angle, b]  # [B, rotated, C, P, P]
-    x[b[:, None], mask_at] = 0
+    b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
+    x[b, turn_at] = turn(take(x, turn_at), angle)  # [B, rotated, C, P, P]
+    x[b, mask_at] = 0
+    if gap:
+        inside = torch.zeros(patch, patch, device=x.device)  # [P, P]
+        inside[gap:-gap, gap:-gap] = 1
+        x = x * inside
     return unpatchify(x), mask_at, turn_at, angle
 
 

@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
 # The whole experiment, top to bottom. Every line that starts with "stage" is a command you can type yourself.
 #
-#   bash run_all.sh [quick|laptop|full] [--data DIR] [--fresh]     default: full with a CUDA GPU, else laptop
-#   bash run_all.sh test                                           the tests (about three minutes)
+#   bash run_all.sh [quick|laptop|full|questions] [--data DIR] [--seed N] [--fresh]     default: full with a CUDA GPU, else laptop
+#   bash run_all.sh test                                                                the tests (about three minutes)
 #
-# quick: a few thousand images, to see that everything works (5 minutes on two cores)
-# laptop: all images, few epochs          full: the report's epochs
+# quick: a few thousand images, to see that everything works      laptop: all images, few epochs
+# full: the report's epochs, every control                        questions: laptop, then what the report left open
 #
 # A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again (without --fresh).
 set -euo pipefail
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
-usage="usage: bash run_all.sh [quick|laptop|full|test] [--data DIR] [--fresh]"
+usage="usage: bash run_all.sh [quick|laptop|full|questions|test] [--data DIR] [--seed N] [--fresh]"
 
-profile="" data="" fresh=""
+profile="" questions="" from_nothing="" data="" seed=0 fresh=""
 while [ $# -gt 0 ]; do
   case "$1" in
     quick|laptop|full|test) profile=$1 ;;
+    questions) profile=laptop questions=yes ;;
     --data) [ $# -ge 2 ] || fail "--data needs a folder; $usage"
             shift; [ "$1" = synthetic ] && data=synthetic || data=$(cd "$1" >/dev/null 2>&1 && pwd) || fail "there is no folder $1" ;;
+    --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--seed needs a number; $usage"; seed=$2; shift ;;
     --fresh) fresh=yes ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "don't know '$1'; $usage" ;;
   esac
   shift
@@ -81,26 +83,28 @@ warn() { [ "$dataset" != synthetic ] || printf '\n**** NO CIFAR-10: THIS RUN USE
 warn
 
 out=runs/$dataset-$profile
+[ "$seed" = 0 ] || out+=-seed$seed
 mkdir -p "$out"
 exec 9>"$out/.run_all.lock"  # held until this script and all it started have ended, however they end
 python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || fail "another run_all.sh is working in $out; wait for it or stop it"
 [ -z "$fresh" ] || rm -rf "$out"/*
-common=(--out "$out" --split test)
+[ -e "$out/results.json" ] || from_nothing=yes
+common=(--out "$out" --split test --seed "$seed")
 [ "$where" = data ] || common+=(--data "$where")
 [ "$profile" != quick ] || common+=(--limit 3000)
 
 # ---------------------------------------------------------------- stage 1: learning from images without labels
 stage "control: a linear layer on raw pixels"          python ssl.py probe --checkpoint pixels "${common[@]}"
 stage "control: a linear probe of an untrained ViT"    python ssl.py probe --checkpoint untrained "${common[@]}"
-stage "InfoNCE: two views of one image look alike"     python ssl.py pretrain --task infonce --epochs $infonce "${common[@]}"
+stage "InfoNCE: two views of one image look alike"     python ssl.py pretrain --task infonce --epochs $infonce --keep-epochs "${common[@]}"
 stage "linear probe of the InfoNCE encoder"            python ssl.py probe --checkpoint "$out/infonce.pt" "${common[@]}"
 stage "Model M: name the angle, repaint the patches"   python ssl.py pretrain --task m --epochs $m "${common[@]}"
 stage "linear probe of Model M's encoder"              python ssl.py probe --checkpoint "$out/m.pt" "${common[@]}"
 stage "Model M continued from the InfoNCE encoder"     python ssl.py pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $more "${common[@]}"
 stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_infonce.pt" "${common[@]}"
-stage "Model M continued with InfoNCE beside it"       python ssl.py pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $joint "${common[@]}"
+stage "Model M continued with InfoNCE beside it"       python ssl.py pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $joint --keep-epochs "${common[@]}"
 stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_joint.pt" "${common[@]}"
-stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix "${common[@]}"
+stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix --keep-epochs "${common[@]}"
 if [ "$profile" != laptop ]; then  # costs as much again
 stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune --cutmix $cutmix "${common[@]}"
 fi
@@ -152,10 +156,48 @@ stage "control: fusion trained on them"                "${fuse[@]}" "$out/captio
 fi
 fi
 
+# ---------------------------------------------------------------- the questions that the report left open
+if [ -n "$questions" ]; then
+probe=(python ssl.py probe "${common[@]}" --checkpoint)
+learn=(python ssl.py finetune --cutmix 0 "${common[@]}")
+# does pre-training pay, and with how many labels? (fewer labels get more epochs, but fewer steps)
+stage "probe of an untrained ViT, 1 % of the labels"   "${probe[@]}" untrained --labels 0.01 --name untrained_probe_1
+stage "and with 10 %"                                  "${probe[@]}" untrained --labels 0.1 --name untrained_probe_10
+stage "from scratch, 1 % of the labels"                "${learn[@]}" --labels 0.01 --epochs 50 --batch 32 --name finetune_scratch_1
+stage "and with 10 %"                                  "${learn[@]}" --labels 0.1 --epochs 20 --name finetune_scratch_10
+stage "and with all"                                   "${learn[@]}" --epochs 8
+stage "all labels, fine-tuning Model M"                "${learn[@]}" --checkpoint "$out/m.pt" --epochs 8 --name finetune_m
+stage "all labels, fine-tuning InfoNCE"                "${learn[@]}" --checkpoint "$out/infonce.pt" --epochs 8 --name finetune_infonce
+for start in m infonce m_joint; do
+stage "probe of $start, 1 % of the labels"             "${probe[@]}" "$out/$start.pt" --labels 0.01 --name ${start}_probe_1
+stage "and with 10 %"                                  "${probe[@]}" "$out/$start.pt" --labels 0.1 --name ${start}_probe_10
+stage "fine-tuning $start, 1 % of the labels"          "${learn[@]}" --checkpoint "$out/$start.pt" --labels 0.01 --epochs 50 --batch 32 --name finetune_${start}_1
+stage "and with 10 %"                                  "${learn[@]}" --checkpoint "$out/$start.pt" --labels 0.1 --epochs 20 --name finetune_${start}_10
+done
+
+# what does each half of Model M's task bring, and does its border betray a turned patch?
+for task in "masking 0" "rotation 0" "rotation 1" "image-rotation 0" "image-rotation 1"; do
+pretext=${task% *} gap=${task#* }
+stage "Model M, $pretext alone, a gap of $gap"         python ssl.py pretrain --task m --pretext $pretext --gap $gap --epochs $m --name m_${pretext}_$gap "${common[@]}"
+stage "its linear probe"                               "${probe[@]}" "$out/m_${pretext}_$gap.pt"
+done
+
+# is the 8x8 patch the limit?
+stage "from scratch, a convolution inside each patch"  "${learn[@]}" --epochs 8 --stem --name scratch_stem
+stage "from scratch, width 192 instead of 128"         "${learn[@]}" --epochs 8 --dim 192 --name scratch_dim192
+stage "from scratch, 64 patches of 4x4"                "${learn[@]}" --epochs 8 --patch 4 --name scratch_patch4
+
+# one temporal block or two, on the report's clips: one a step, and no loss but the clip's
+for blocks in 1 2; do
+stage "the report's video training, blocks: $blocks"   "${video[@]}" --frame-loss 0 --no-repeats --no-balanced --clips 1 --lr 1e-4 --blocks $blocks --name video_report_$blocks
+done
+fi
+
 # ---------------------------------------------------------------- what was learned
 pair=(--before "$out/m_joint.pt" --after "$out/finetune.pt")
 stage "CLS-patch similarity, before and after"         python analysis.py maps "${pair[@]}" "${common[@]}"
 stage "CKA across attention, before and after"         python analysis.py cka "${pair[@]}" "${common[@]}"
 stage "pictures"                                       python analysis.py figures "${common[@]}"
-stage "results"                                        python analysis.py report "${common[@]}"
+stage "a moving picture: learning, epoch by epoch"     python analysis.py movie "${common[@]}"
+stage "results"                                        python analysis.py report ${from_nothing:+--seconds $SECONDS} "${common[@]}"
 warn

@@ -87,24 +87,33 @@ def m_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None
         loss = cross-entropy of the angle + mean squared error of the masked patches (+ contrast * InfoNCE)
 
     The squared error is of standardised pixels; in units of [0, 1] it would weigh 16 times less. With
-    --contrast the images are two SimCLR views each, and CLS has to match them as well.
+    --contrast the images are two SimCLR views each, and CLS has to match them as well. --pretext leaves out one of
+    the two tasks, or turns the whole image instead of patches (Gidaris et al. 2018).
     """
     if args.contrast:
         images = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     else:
         images = data.crop_flip(images, generator)  # [B, 3, S, S]
     patch = model.encoder.config["patch_size"]
-    augmented, masked, _, angle = data.patch_augment(images, generator, patch)
+    masking, turning = {"both": (4, 4), "masking": (4, 0), "rotation": (0, 4), "image-rotation": (0, 0)}[args.pretext]
+    augmented, masked, _, angle = data.patch_augment(images, generator, patch, masking, turning, args.gap)
+    if args.pretext == "image-rotation":
+        augmented = data.turn(augmented, angle)
     with machine.autocast():
         logits, pixels, cls = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, D]
         z = model.projector(cls) if args.contrast else None  # [2B, E]
-    hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
-    rotation, mse = F.cross_entropy(logits.float(), angle), F.mse_loss(pixels.float(), vit.standardise(hidden))
-    metrics = {"loss": rotation + mse, "angle": (logits.argmax(1) == angle).float().mean(), "mse": mse}
+    losses, metrics = [], {}
+    if args.pretext != "masking":
+        losses.append(F.cross_entropy(logits.float(), angle))
+        metrics["angle"] = (logits.argmax(1) == angle).float().mean()
+    if masking:
+        hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
+        losses.append(F.mse_loss(pixels.float(), vit.standardise(hidden)))
+        metrics["mse"] = losses[-1]
     if args.contrast:
         loss, metrics["match"] = info_nce(z, args.temperature)
-        metrics["loss"] = metrics["loss"] + args.contrast * loss
-    return metrics
+        losses.append(args.contrast * loss)
+    return {"loss": sum(losses), **metrics}
 
 
 def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator=None) -> dict:
@@ -147,7 +156,7 @@ def finetune(args: argparse.Namespace) -> None:
     """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or (without one) from scratch."""
     name = args.name or ("finetune" if args.checkpoint else "finetune_scratch")
     machine = vit.Machine(args.device, args.precision, args.seed)
-    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    images, labels = labelled(args, machine.device)
     validation = data.load(args.data, "validation", machine.device, args.limit)
     encoder = vit.make_encoder(args, args.checkpoint)
     model = vit.Classifier(encoder).to(machine.device)
@@ -165,6 +174,15 @@ def finetune(args: argparse.Namespace) -> None:
     vit.write_npz(run.path.with_suffix(".npz"), guess=logits.argmax(dim=1), truth=labels)
     vit.record(args, name, machine, data.describe(args.data), value=vit.accuracy(logits, labels), report=REPORT.get(name),
                validation=run.history["validation"][-1], epochs=run.epoch, seconds=run.seconds)  # fmt: skip
+
+
+def labelled(args: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training images that have labels, a random share of all: uint8 [n, 3, S, S], labels [n]."""
+    images, labels = data.load(args.data, "train", device, args.limit)  # in random order, always the same
+    n = round(args.labels * len(images))
+    if n < 10:
+        raise SystemExit(f"--labels {args.labels:g} of {len(images):,} images leaves {n}; at least 10 are needed")
+    return images[:n], labels[:n]
 
 
 def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> torch.Tensor:
@@ -219,7 +237,7 @@ def probe(args: argparse.Namespace) -> None:
     if vit.measured(args, name, args.checkpoint):
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
-    start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0}
+    start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0, "history": {}}
     if args.checkpoint != "pixels":
         checkpoint = None if args.checkpoint == "untrained" else args.checkpoint
         encoder = vit.make_encoder(args, checkpoint).to(machine.device)
@@ -227,7 +245,7 @@ def probe(args: argparse.Namespace) -> None:
 
     labels, read = {}, {}
     for split in {"train", "validation", args.split}:
-        images, labels[split] = data.load(args.data, split, machine.device, args.limit)
+        images, labels[split] = labelled(args, machine.device) if split == "train" else data.load(args.data, split, machine.device, args.limit)
         read[split] = features(encoder, images, machine)
     scores = {}  # feature -> (validation accuracy, final accuracy)
     for feature, x in read["train"].items():
@@ -244,7 +262,16 @@ def probe(args: argparse.Namespace) -> None:
     vit.record(args, name, machine, data.describe(args.data), value=scores[best][1], features=best,
                validation=scores[best][0], **{f: s[1] for f, s in scores.items()}, report=REPORT.get(name),
                epochs=trained["epoch"], seconds=trained["seconds"] + time.perf_counter() - start,
+               training={metric: means[-1] for metric, means in trained["history"].items()},
                weights=vit.fingerprint(args.checkpoint))  # fmt: skip
+
+
+def fraction(text: str) -> float:
+    """For argparse: a number above 0, up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return value
 
 
 def main() -> None:
@@ -257,14 +284,19 @@ def main() -> None:
     p.add_argument("--init", metavar="FILE", help="start from the encoder in this checkpoint instead of a random one")
     p.add_argument("--contrast", type=float, default=0.0, help="weight of InfoNCE beside Model M's two losses (default: none)")
     p.add_argument("--temperature", type=float, default=0.1, help="of InfoNCE's softmax (default: %(default)s)")
+    p.add_argument("--pretext", choices=["both", "masking", "rotation", "image-rotation"], default="both",
+                   help="what Model M has to do: the report's two tasks, one of them, or name the angle of the whole image (default: both)")  # fmt: skip
+    p.add_argument("--gap", type=int, choices=[0, 1, 2], default=0, help="pixels blackened along each border of every patch (default: none)")
     p.set_defaults(run=pretrain)
 
     p = stages.add_parser("probe", parents=[common], help="fit a linear layer on frozen features")
     p.add_argument("--checkpoint", required=True, help="a checkpoint, or one of the controls: untrained, pixels")
+    p.add_argument("--labels", type=fraction, default=1.0, help="share of the training images that have labels (default: all)")
     p.set_defaults(run=probe)
 
     p = stages.add_parser("finetune", parents=[common, vit.training_arguments(epochs=50, lr=1e-3)], help="train on with labels")
     p.add_argument("--checkpoint", metavar="FILE", help="start from this encoder (without: from scratch, the control)")
+    p.add_argument("--labels", type=fraction, default=1.0, help="share of the training images that have labels (default: all)")
     p.add_argument("--cutmix", type=float, default=0.5, help="share of batches mixed by CutMix (default: %(default)s)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=finetune)

@@ -106,14 +106,14 @@ class ViT(nn.Module):
     doesn't know where a token came from. The default (S 32, P 8) makes 16 patches, 17 tokens, 1.2 M parameters.
     """
 
-    def __init__(self, image_size: int = 32, patch_size: int = 8, dim: int = 128, depth: int = 6, heads: int = 4):
+    def __init__(self, image_size: int = 32, patch_size: int = 8, dim: int = 128, depth: int = 6, heads: int = 4, stem: bool = False):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
-        self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
+        self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "stem": stem}
         self.patches = patches = (image_size // patch_size) ** 2
         # a convolution whose stride is its kernel size = the same linear map applied to every patch
-        self.patch_embedding = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embedding = ConvStem(patch_size, dim) if stem else nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + patches, dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
@@ -134,6 +134,25 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x, trace)
         return self.norm(x)
+
+
+class ConvStem(nn.Module):
+    """A patch embedding that looks for edges first: a 3x3 convolution, a non-linearity, then the linear map of a patch.
+
+    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in this one
+    every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen next door.
+    """
+
+    def __init__(self, patch: int, dim: int, width: int = 32):
+        super().__init__()
+        self.patch = patch
+        self.layers = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, dim, patch))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: [B, 3, S, S] -> [B, D, S/P, S/P]."""
+        B, P, side = len(images), self.patch, images.shape[-1] // self.patch
+        x = images.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, P, P)  # [B*N, 3, P, P]
+        return self.layers(x).view(B, side, side, -1).permute(0, 3, 1, 2)  # [B*N, D, 1, 1] -> [B, D, S/P, S/P]
 
 
 def standardise(images: torch.Tensor) -> torch.Tensor:
@@ -279,6 +298,13 @@ def lock_folder(out: pathlib.Path) -> None:
         sys.exit(f"can't write to the folder {out}: {error.strerror}; choose another --out")
 
 
+def write_tensors(path: pathlib.Path, state: dict) -> None:
+    """torch.save, all or nothing."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
 def write_npz(path: pathlib.Path, **arrays) -> None:
     """Keep the arrays (tensors, numbers or strings) that a figure needs beside the checkpoint."""
     import numpy
@@ -306,13 +332,20 @@ def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, *
     if results.get("dataset", about["dataset"]) != about["dataset"]:
         sys.exit(f"{out} holds results on {results['dataset']}; choose another --out for {about['dataset']}")
     measured_by = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
-    results |= about | measured_by | {"profile": out.name.split("-")[-1], "versions": {"python": platform.python_version()}}
+    results |= about | measured_by | {"versions": {"python": platform.python_version()}}
     for package in packages:
         with contextlib.suppress(ImportError):
             results["versions"][package] = version(package)
-    results["rows"][row_name(args, name)] = measured_by | row | {"split": args.split, "command": shlex.join(["python", *sys.argv])}
+    results["rows"][row_name(args, name)] = measured_by | row | {"memory_gb": memory_gb(), "split": args.split, "command": shlex.join(["python", *sys.argv])}
     write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
+
+
+def memory_gb() -> float:
+    """The most memory that this process has occupied so far (on a GPU: of the machine, not of the GPU)."""
+    import resource  # not on plain Windows; WSL has it
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)  # macOS says bytes
 
 
 def row_name(args: argparse.Namespace, name: str) -> str:
@@ -371,10 +404,10 @@ def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
                 sys.exit(f"the encoder in {checkpoint} has --{option} {found}, not {asked}; leave the option out, or choose another checkpoint")
     else:
         try:
-            encoder = ViT(patch_size=args.patch or 8, dim=args.dim or 128)
+            encoder = ViT(patch_size=args.patch or 8, dim=args.dim or 128, stem=args.stem)
         except ValueError as error:
             sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    args.dim, args.patch = encoder.config["dim"], encoder.config["patch_size"]  # said or not, it is the same run
+    args.dim, args.patch, args.stem = (encoder.config[k] for k in ("dim", "patch_size", "stem"))  # said or not, it is the same run
     return encoder
 
 
@@ -408,7 +441,8 @@ class Run:
         groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
         # what the command line asked for, less what does not change the weights; a start file counts by its contents
-        loose = ("fresh", "split", "run", "device", "precision", "out", "name")
+        loose = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
+        self.keep_epochs = args.keep_epochs
         self.settings = {k: v for k, v in vars(args).items() if k not in loose}
         self.settings |= {k: fingerprint(self.settings[k] or "") for k in ("init", "checkpoint", "captions") if k in self.settings}
         if self.path.exists() and not args.fresh:
@@ -476,13 +510,13 @@ class Run:
         return {key: value.mean().item() for key, value in values.items()}
 
     def _save(self) -> None:
-        buffer = io.BytesIO()
         encoder = getattr(self.model, "encoder", None)  # models of another library have none
-        torch.save({"config": encoder and encoder.config, "model": self.model.state_dict(), "epoch": self.epoch,
-                    "optimizer": None if self.finished else self.optimizer.state_dict(), "settings": self.settings,
-                    "generator": self.generator.get_state(), "history": self.history, "seconds": self.seconds,
-                    "device": self.machine.device.type, "precision": self.machine.precision}, buffer)  # fmt: skip
-        write_file(self.path, buffer.getvalue())
+        state = {"config": encoder and encoder.config, "model": self.model.state_dict(), "epoch": self.epoch, "optimizer": None,
+                 "settings": self.settings, "generator": self.generator.get_state(), "history": self.history,
+                 "seconds": self.seconds, "device": self.machine.device.type, "precision": self.machine.precision}  # fmt: skip
+        if self.keep_epochs:
+            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
+        write_tensors(self.path, state if self.finished else state | {"optimizer": self.optimizer.state_dict()})
 
     def _resume(self) -> None:
         state = read_checkpoint(self.path)
@@ -531,6 +565,7 @@ def common_arguments() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=positive, help="use only so many images of each split (default: all)")
     p.add_argument("--dim", type=positive, help="width of a new encoder (default: 128)")
     p.add_argument("--patch", type=positive, help="patch size of a new encoder in pixels (default: 8)")
+    p.add_argument("--stem", action="store_true", help="give a new encoder a small convolution inside each patch (default: none)")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster, by measurement")
     return p
@@ -545,6 +580,7 @@ def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argpa
     p.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
     p.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
+    p.add_argument("--keep-epochs", action="store_true", help="also keep the checkpoint of every epoch, as NAME-epoch1.pt, NAME-epoch2.pt, ...")
     p.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     return p
 

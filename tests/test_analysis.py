@@ -75,6 +75,14 @@ def test_focus_at_its_two_extremes():
     assert sharp["entropy"] == 0 and sharp["best_quarter"] == 1 and sharp["peak"] == 1
 
 
+def test_nearest_neighbours_vote():
+    queries, keys, labels = torch.randn(30, 6), torch.randn(200, 6), torch.randint(10, (200,))
+    for query, found in zip(queries, analysis.nearest_neighbours(queries, keys, labels, k=15)):
+        cosines = torch.cosine_similarity(query[None], keys)
+        votes = labels[cosines.argsort(descending=True)[:15]].tolist()
+        assert votes.count(found.item()) == max(map(votes.count, votes))
+
+
 def test_colour_map_ends_are_viridis():
     import numpy as np
 

@@ -49,6 +49,21 @@ def test_patch_augment_does_to_each_patch_what_its_indices_say(batch):
             np.testing.assert_array_equal(augmented[i, :, y : y + 8, x : x + 8].numpy(), expected)
 
 
+def test_a_gap_blackens_the_border_of_every_patch_and_nothing_else(batch):
+    images, seed = batch.float() / 255, torch.Generator()
+    without = data.patch_augment(images, seed.manual_seed(1), masked=0)[0]
+    found, masked, *_ = data.patch_augment(images, seed.manual_seed(1), masked=0, gap=2)
+    at = torch.arange(32) % 8
+    inside = ((at > 1) & (at < 6))[:, None] & ((at > 1) & (at < 6))  # [32, 32]
+    assert masked.shape == (64, 0) and torch.equal(found, torch.where(inside, without, 0))
+
+
+def test_turn_is_numpys_rot90_of_each_image(batch):
+    angle = torch.arange(64) % 4
+    expected = [np.rot90(image, k, axes=(1, 2)) for image, k in zip(batch.numpy(), angle.tolist())]
+    np.testing.assert_array_equal(data.turn(batch, angle).numpy(), np.stack(expected))
+
+
 def test_patch_counts_and_sizes_are_parameters(batch):
     _, masked, rotated, _ = data.patch_augment(batch, patch=4, masked=10, rotated=1)
     assert masked.shape == (64, 10) and rotated.shape == (64, 1) and masked.max() > 16

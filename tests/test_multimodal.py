@@ -338,7 +338,7 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
         monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
         args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None,
                                   checkpoint=tmp_path / "m.pt", folds=2, enlarge=32, epochs=1, batch=32, lr=1e-3,
-                                  warmup=0, weight_decay=0.0, fresh=False)  # fmt: skip
+                                  warmup=0, weight_decay=0.0, fresh=False, keep_epochs=False)  # fmt: skip
         multimodal.tiny(args)
         weights.append([vit.read_checkpoint(args.out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
     same = [all(torch.equal(v, b[k]) for k, v in a.items()) for a, b in zip(*weights)]

@@ -22,6 +22,7 @@ def test_help_and_mistakes(tmp_path):
     assert "usage:" in bash("fast", code=2)
     assert "no folder" in bash("quick", "--data", str(tmp_path / "nowhere"), code=2)
     assert "needs a folder" in bash("--data", code=2)
+    assert "needs a number" in bash("quick", "--seed", "one", code=2)
 
 
 @pytest.mark.parametrize("construct", ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"])

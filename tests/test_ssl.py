@@ -75,7 +75,7 @@ def test_info_nce_equals_its_definition_in_numpy(stage1):
 def small(stage1):
     model = vit.ModelM(vit.ViT(dim=32, depth=2))
     model.projector = stage1.projector(32)
-    return model, argparse.Namespace(temperature=0.2, cutmix=0.5, smoothing=0.1, contrast=0.0)
+    return model, argparse.Namespace(temperature=0.2, cutmix=0.5, smoothing=0.1, contrast=0.0, pretext="both", gap=0)
 
 
 @pytest.mark.parametrize("task", ["infonce", "m", "m joint", "finetune"])
@@ -94,6 +94,31 @@ def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(stage1,
     metrics["loss"].backward()
     assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
     assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("pretext, gap, measures, idle", [
+    ("masking", 0, {"loss", "mse"}, "rotation_head"), ("rotation", 1, {"loss", "angle"}, "reconstruction_head"),
+    ("image-rotation", 1, {"loss", "angle"}, "reconstruction_head")])  # fmt: skip
+def test_half_of_model_m_trains_half_of_its_heads(stage1, pretext, gap, measures, idle):
+    model, args = small(stage1)
+    args.pretext, args.gap = pretext, gap
+    metrics = stage1.m_step(model, data.synthetic(32)[0], args, vit.Machine("cpu", "float32"), torch.Generator().manual_seed(0))
+    metrics["loss"].backward()
+    assert metrics.keys() == measures and metrics["loss"].isfinite()
+    untouched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert untouched == {idle, "projector"}
+
+
+def test_whole_images_are_turned_by_the_angle_that_is_asked_for(stage1, monkeypatch):
+    model, args = small(stage1)
+    args.pretext, seen, turned = "image-rotation", [], []
+    monkeypatch.setattr(data, "crop_flip", lambda images, generator: images.float() / 255)
+    monkeypatch.setattr(model, "forward", lambda images, masked: (seen.append(images), vit.ModelM.forward(model, images, masked))[1])
+    monkeypatch.setattr(data, "turn", lambda x, angle, turn=data.turn: (turned.append(angle), turn(x, angle))[1])
+    images = data.synthetic(32)[0]
+    stage1.m_step(model, images, args, vit.Machine("cpu", "float32"), torch.Generator().manual_seed(0))
+    for image, shown, k in zip(images.float() / 255, seen[0], turned[-1].tolist()):
+        assert torch.equal(shown, image.rot90(k, (1, 2)))
 
 
 @pytest.mark.parametrize("task", ["infonce", "m", "m joint", "finetune"])
@@ -181,6 +206,8 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5], 1, "5-pixel patches"),
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 16], 1, "only 4"),
     (["ssl.py", "finetune", "--epochs", "0"], 2, "whole number above 0"),
+    (["ssl.py", "finetune", "--labels", "1.5"], 2, "at most 1"),
+    (["ssl.py", "finetune", "--labels", "0.01", "--data", "synthetic", "--limit", 100], 1, "leaves 1; at least 10"),
     (["analysis.py", "report"], 1, "no rows of the validation split yet"),
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):

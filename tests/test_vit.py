@@ -84,6 +84,16 @@ def test_model_m_paints_the_masked_patches_from_their_own_tokens():
     torch.testing.assert_close(cls, tokens[:, 0])
 
 
+def test_a_stem_shows_each_token_its_own_patch_only():
+    encoder, images = vit.ViT(dim=32, depth=1, stem=True), torch.rand(2, 3, 32, 32)
+    changed = images.clone()
+    changed[:, :, 8:16, 16:24] = 0  # patch 6: second row, third column
+    moved = (encoder.embed(images) != encoder.embed(changed)).any(dim=-1)  # [2, 17]
+    assert moved.nonzero().tolist() == [[0, 7], [1, 7]]
+    alone = encoder.patch_embedding.layers(vit.standardise(images[:, :, 8:16, 16:24]))[:, :, 0, 0]  # [2, D]
+    torch.testing.assert_close(encoder.embed(images)[:, 7] - encoder.positions[0, 7], alone)
+
+
 def test_impossible_shapes_are_refused():
     with pytest.raises(ValueError, match="heads"):
         vit.Attention(10, 3)
@@ -101,7 +111,7 @@ def test_schedule_warms_up_then_falls_to_zero():
 
 
 def arguments(out, **changed):
-    defaults = dict(out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False)
+    defaults = dict(out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False, keep_epochs=False)
     return argparse.Namespace(**defaults | changed)
 
 
@@ -134,6 +144,15 @@ def test_a_loss_that_is_not_finite_names_stage_and_step_and_keeps_the_last_good_
         train(tiny_run(tmp_path), poison=(1, 2))
     state = vit.read_checkpoint(tmp_path / "tiny.pt")
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
+    train(tiny_run(tmp_path, epochs=1))
+    train(tiny_run(tmp_path / "kept", keep_epochs=True))
+    first, second, last = (vit.read_checkpoint(tmp_path / "kept" / f"{name}.pt") for name in ("tiny-epoch1", "tiny-epoch2", "tiny"))
+    assert (first["epoch"], second["epoch"]) == (1, 2) and len(first["history"]["loss"]) == 1
+    assert all(torch.equal(v, last["model"][k]) for k, v in second["model"].items())
+    assert not all(torch.equal(v, last["model"][k]) for k, v in first["model"].items())
 
 
 def test_other_settings_do_not_resume_silently(tmp_path):
