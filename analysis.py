@@ -3,7 +3,9 @@
     maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens, before/after fine-tuning
     cka        how much does attention change CLS? linear CKA of the residual stream around each attention
     figures    draw every picture from the files that the stages left (seconds, no training)
+    movie      similarity maps and nearest neighbours epoch by epoch, as a GIF
     report     write the results table, with its pictures, to report.md
+    publish    bring results/ and the numbers in README.md up to date with the runs
 
 Depends on vit.py and data.py: copy this file with those two. For CKA alone, the class StreamingCKA needs only torch.
 
@@ -21,6 +23,8 @@ import argparse
 import io
 import json
 import pathlib
+import re
+import statistics
 import textwrap
 
 import numpy as np
@@ -167,8 +171,8 @@ def cka(args: argparse.Namespace) -> None:
     for when, reported in (("before", 0.8698), ("after", 0.7353)):
         biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
         vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=reported,
-                   debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(),
-                   whole_block_debiased=debiased[-3, -1].item(), precision="float32",
+                   debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(), whole_block_debiased=debiased[-3, -1].item(),
+                   attentions=debiased.diagonal(1)[::2].tolist(), blocks=debiased.diagonal(2)[::2].tolist(), precision="float32",
                    weights=vit.fingerprint(args.before, args.after))  # fmt: skip
 
 
@@ -652,23 +656,23 @@ TABLE = {
     "finetune_scratch": ("trained on labels from scratch", None),
     "finetune": ("fine-tuned", "finetune_scratch"),
     "video_encoder_1": ("video, factorised encoder, one block", "finetune"),
-    "video_encoder_2": ("the same, two blocks", "video_encoder_1"),
+    "video_encoder_2": ("video, factorised encoder, two blocks", "video_encoder_1"),
     "video_divided_1": ("video, factorised self-attention, one block", "video_encoder_1"),
-    "video_divided_2": ("the same, two blocks", "video_divided_1"),
+    "video_divided_2": ("video, factorised self-attention, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
     "video_unordered": ("video, factorised encoder, one block, without temporal positions", "video_encoder_1"),
     "video_report_1": ("video, the report's training, one block", None),
-    "video_report_1_probe": ("linear probe of the image encoder after it", "m_joint_probe"),
-    "video_report_2": ("the report's training, two blocks", "video_report_1"),
-    "video_random": ("one block; 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
-    "video_balanced": ("and every class once a step", "video_random"),
-    "video_repeats": ("and 1 to 16 different images a clip", "video_balanced"),
-    "video_frame_loss": ("and every image classified by itself, too", "video_repeats"),
+    "video_report_1_probe": ("linear probe of the image encoder after the report's training", "m_joint_probe"),
+    "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
+    "video_random": ("video, 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
+    "video_balanced": ("video, and every class once a step", "video_random"),
+    "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
+    "video_frame_loss": ("video, and every image classified by itself, too", "video_repeats"),
     **{name: about for who in ("tiny", "blip") for name, about in language_rows(who).items()},
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
-    "cka_after": ("the same, after fine-tuning", "cka_before"),
+    "cka_after": ("CKA of CLS across the last attention, after fine-tuning", "cka_before"),
     "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),
-    "maps_after": ("the same, after fine-tuning", "maps_before"),
+    "maps_after": ("entropy of CLS-patch maps, after fine-tuning", "maps_before"),
 }
 
 
@@ -681,6 +685,7 @@ def report(args: argparse.Namespace) -> None:
 
     if args.seconds:
         results["seconds"] = args.seconds
+    results["memory_gb"] = max((row["memory_gb"] for row in rows.values() if "memory_gb" in row), default=None)
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
@@ -721,6 +726,72 @@ def report(args: argparse.Namespace) -> None:
     print(f"{stamp.strip().strip('*')}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}".lstrip())
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Publishing. README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each followed by
+# the number it asks for and <!--/-->. `publish` fills them in from the runs, so no number on those pages is typed.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
+
+
+def entry(runs: dict[str, dict], what: str) -> str:
+    """What a mark asks for, as text; `runs`: name of a run -> its results.json.
+
+        laptop:finetune                  the row's value; with several seeds, mean and standard deviation
+        report:finetune                  the same in the coursework report
+        laptop:m_probe:training.angle    another entry of the row
+        laptop::versions.torch           an entry of the run itself
+    """
+    profile, row, key = (what.split(":") + [""])[:3]
+    key = "report" if profile == "report" else key or "value"
+    found = []
+    for results in [r for name, r in runs.items() if profile in ("report", name.split("-")[1])]:
+        value = results["rows"].get(row) if row else results
+        for step in key.split("."):
+            value = None if value is None else value[int(step)] if isinstance(value, list) else value.get(step)
+        found += [] if value is None else [value]
+    if not found:
+        return "not measured"
+    if key == "command":
+        return found[0]
+    if not row or isinstance(found[0], str):
+        return ", ".join(dict.fromkeys(f"{v / 60:.0f} min" if key == "seconds" else str(v) for v in found))
+    if key in ("epochs", "memory_gb"):
+        return str(max(found))
+    mean = statistics.mean(found)
+    if key == "seconds":
+        return f"{mean / 60:.1f} min"
+    scale, digits, unit = (1, 4, "") if row.startswith(("cka", "maps")) else (100, 2, " %")
+    spread = f" ± {scale * statistics.stdev(found):.{digits}f}" if len(set(found)) > 1 else ""
+    return f"{scale * mean:.{digits}f}{spread}{unit}"
+
+
+def filled(page: str, runs: dict[str, dict]) -> str:
+    """The page with every mark's number brought up to date."""
+    return MARK.sub(lambda mark: f"<!--={mark[1]}-->{entry(runs, mark[1])}<!--/-->", page)
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and README.md."""
+    folders = [pathlib.Path(f) for f in args.runs] or sorted(f for f in pathlib.Path("runs").glob("cifar10-*") if f.name.split("-")[1] in ("full", "laptop", "quick"))
+    runs = {f.name: vit.read_results(f) for f in folders if (f / "results.json").exists()}
+    if not runs:
+        raise SystemExit("there is no finished run in runs/; `bash run_all.sh` makes one")
+    for name, results in runs.items():
+        if results["dataset"] != "cifar10":
+            raise SystemExit(f"{name} holds results on {results['dataset']} images, which are not to be published as CIFAR-10 numbers")
+    out = pathlib.Path(args.out)
+    vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
+    for picture in [f"{name}.png" for name in FIGURES] + ["learning.gif"]:
+        if found := [f / "figures" / picture for f in folders if (f / "figures" / picture).exists()]:
+            vit.write_file(out / "figures" / picture, found[0].read_bytes())
+    for page in (out / "report.md", out.parent / "README.md"):
+        text = filled(page.read_text(), runs)
+        vit.write_file(page, text.encode())
+        missing = sorted({mark for mark in MARK.findall(text) if entry(runs, mark) == "not measured"})
+        print(f"{page}: {len(MARK.findall(text))} numbers from {', '.join(runs)}; not measured: {', '.join(missing) or 'none'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -732,6 +803,9 @@ def main() -> None:
         if function is report:
             p.add_argument("--seconds", type=int, help="how long the whole run took, where it ran in one go")
         p.set_defaults(run=function)
+    p = stages.add_parser("publish", help=publish.__doc__)
+    p.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="finished runs (default: all of runs/cifar10-*)")
+    p.set_defaults(run=publish, out="results")
     vit.command(parser)
 
 

@@ -1,12 +1,17 @@
-"""How fast is a training step, and how much of the machine does it use?   python tests/benchmark.py [--seconds 4]
+"""How fast is a training step, how much of the machine does it use, and how long is an epoch?
 
-One table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py writes it, and
+    python tests/benchmark.py > results/benchmark.md
+
+First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py writes it, and
 as timm, transformers and (where installed) vit-pytorch do, in float32 and in bfloat16 autocast, in one process, in
 turns, so that all of them meet the same machine. "Share": floating-point operations of the matmuls per second, against
-a plain 2048 x 2048 matmul in the same precision. Not a test: nothing here fails.
+a plain 2048 x 2048 matmul in the same precision. Second table: one epoch of fine-tuning as ssl.py does it, against the
+usual loop around timm's network and torchvision's transforms. Not a test: nothing here fails.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import pathlib
 import statistics
 import sys
@@ -15,7 +20,9 @@ import time
 import torch
 from torch import nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 import vit  # noqa: E402
 
 DIM, DEPTH, HEADS, PATCH, BATCH, TOKENS = 192, 6, 3, 8, 256, 17
@@ -66,15 +73,12 @@ def matmul_flops(machine: vit.Machine, seconds: float) -> float:
     return 2 * 2048**3 / best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per network, precision and round; there are three rounds")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+def step_table(device: str, seconds: float) -> None:
+    """Images per second of each network, in each precision; three rounds, in turns, of which the median counts."""
+    print("| network | precision | images/s | share |\n|---|---|---:|---:|")
     for precision in ("float32", "bfloat16"):
-        machine = vit.Machine(args.device, precision)
-        print(f"{'':14}{'precision':12}{'images/s':>9}{'share':>8}   (median of three rounds)")
-        limit = matmul_flops(machine, args.seconds)
+        machine = quiet_machine(device, precision)
+        limit = matmul_flops(machine, seconds)
         models = {name: m.to(machine.device).train() for name, m in networks().items()}
         optimizers = {name: torch.optim.AdamW(m.parameters(), fused=True) for name, m in models.items()}
         images, labels = torch.rand(BATCH, 3, 32, 32, device=machine.device), torch.randint(10, (BATCH,), device=machine.device)
@@ -90,13 +94,96 @@ def main() -> None:
                     optimizers[name].zero_grad()
                     loss.item()
                     if steps == 1:  # two steps to warm up
-                        start, end = time.perf_counter(), time.perf_counter() + args.seconds
+                        start, end = time.perf_counter(), time.perf_counter() + seconds
                     steps += 1
                 rates[name].append((steps - 2) * BATCH / (time.perf_counter() - start))
         for name, r in rates.items():
             rate = statistics.median(r)
-            print(f"{name:14}{precision:12}{rate:9.0f}{100 * rate * step_flops() / limit:7.0f} %", flush=True)
-        print(f"{'matmul 2048^3':14}{precision:12}{limit / 1e9:9.0f} GFLOP/s")
+            print(f"| {name} | {precision} | {rate:.0f} | {100 * rate * step_flops() / limit:.0f} % |", flush=True)
+        print(f"| matmul 2048^3 | {precision} | {limit / 1e9:.0f} GFLOP/s | 100 % |")
+
+
+def usual_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> None:
+    """One epoch as most tutorials write it: PIL images, torchvision's transforms, a DataLoader with workers, timm's ViT."""
+    import timm
+    from PIL import Image
+    from torchvision import transforms as t
+
+    augment = t.Compose([t.RandomCrop(32, 4, padding_mode="reflect"), t.RandomHorizontalFlip(), t.ToTensor(), t.Normalize([0.5] * 3, [0.25] * 3)])
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, i):
+            return augment(Image.fromarray(images[i].permute(1, 2, 0).numpy())), int(labels[i])
+
+    loader = torch.utils.data.DataLoader(Images(), 128, shuffle=True, drop_last=True, num_workers=2)
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=10).to(machine.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    for x, y in loader:
+        x, y = x.to(machine.device), y.to(machine.device)
+        with machine.autocast():
+            logits = model(x)
+        nn.functional.cross_entropy(logits.float(), y, label_smoothing=0.1).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> None:
+    """The same epoch as ssl.py's `finetune` does it: the data set on the device, augmentation a batch at a time."""
+    spec = importlib.util.spec_from_file_location("stage1", ROOT / "ssl.py")  # `import ssl` is Python's own
+    stage1 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage1)
+    images, labels = images.to(machine.device), labels.to(machine.device)
+    model, generator = vit.Classifier(vit.ViT()).to(machine.device), torch.Generator(machine.device).manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
+    for index in data.shuffled_batches(len(images), 128, generator):
+        stage1.finetune_step(model, images[index], labels[index], argparse.Namespace(cutmix=0.0, smoothing=0.1), machine, generator)["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def epoch_table(device: str, number: int) -> None:
+    """Seconds of one epoch of so many drawn images, in the faster precision of the machine; the best of three, in turns."""
+    machine = quiet_machine(device, "auto")
+    images, labels = data.synthetic(number)
+    seconds = {our_loop: [], usual_loop: []}
+    for _ in range(3):
+        for loop in seconds:
+            start = time.perf_counter()
+            loop(images, labels, machine)
+            if machine.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[loop].append(time.perf_counter() - start)
+    ours, usual = (number / min(seconds[loop]) for loop in seconds)
+    print("| one epoch of fine-tuning, width 128, batch 128 | precision | images/s | |\n|---|---|---:|---:|")
+    print(f"| torchvision transforms, DataLoader with 2 workers, timm | {machine.precision} | {usual:.0f} | 1 |")
+    print(f"| ssl.py | {machine.precision} | {ours:.0f} | {ours / usual:.1f} times |")
+
+
+def quiet_machine(device: str, precision: str) -> vit.Machine:
+    """A vit.Machine that tells what it is on the terminal, not in the table."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return vit.Machine(device, precision)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="per network, precision and round; there are three rounds")
+    parser.add_argument("--images", type=int, default=9000, help="of the epoch in the second table")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    from importlib.metadata import version
+
+    machine = quiet_machine(args.device, "float32")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torchvision"))
+    print(f"# Speed\n\nWritten by `python tests/benchmark.py > results/benchmark.md` on {machine.name}; {versions}.\n")
+    step_table(args.device, args.seconds)
+    print()
+    epoch_table(args.device, args.images)
 
 
 if __name__ == "__main__":
