@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import io
 import json
 import logging
 import os
@@ -531,6 +530,8 @@ def tiny(args) -> None:
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder that has seen none, from `ssl.py pretrain`")
     encoder, truth = vit.make_encoder(args, args.checkpoint), sentences(images, labels, classes)
+    if args.stem:
+        sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not; choose an encoder without")
     if args.enlarge % args.patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {args.patch}-pixel patches")
     turn = torch.arange(len(images), device=machine.device) % args.folds
@@ -575,9 +576,7 @@ def tiny(args) -> None:
             run.step(loss=loss)
     folder = out / "tiny_clip"
     vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    vit.write_file(folder / "open_clip_pytorch_model.bin", buffer.getvalue())
+    vit.write_tensors(folder / "open_clip_pytorch_model.bin", model.state_dict())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
