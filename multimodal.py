@@ -537,7 +537,7 @@ def tiny(args) -> None:
     turn = torch.arange(len(images), device=machine.device) % args.folds
     for fold in range(args.folds):
         model, processor = small_blip(encoder, classes, args.enlarge)
-        model.to(machine.device)
+        parallel = machine.parallel(model.to(machine.device))
         ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(machine.device)  # [n, L + 2]
         ids[:, 0] = model.config.text_config.bos_token_id
         weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)
@@ -548,30 +548,34 @@ def tiny(args) -> None:
             for i in run.steps(data.shuffled_batches(len(others), args.batch, run.generator)):
                 index = others[i]  # [B]
                 shifted = (255 * data.crop_flip(images[index], run.generator)).round().byte()  # the processor takes pixels of 0 to 255
+                index, shifted = machine.share(index, shifted)
                 pixels = pixel_values(processor, shifted)
                 with machine.autocast():
-                    logits = model(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
+                    logits = parallel(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
                 target = ids[index, 1:]  # [B, L + 1]: every word from those before it
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), weight)
                 loss.backward()
                 right = (logits[:, :-1].argmax(dim=2) == target).float()
                 run.step(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the, class word
         try:
+            if vit.RANK:
+                continue
             model.save_pretrained(out / f"tiny_blip_{fold}")
             processor.save_pretrained(out / f"tiny_blip_{fold}")
         except Exception as error:  # a full disk; the library raises several kinds
             sys.exit(f"can't write {out / f'tiny_blip_{fold}'} ({first_line(error)}); free some space, then type the same command")
 
     model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
+    parallel = machine.parallel(model)
     tokens = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])(truth).to(machine.device)  # [n, 16]
     contrast = open_clip.ClipLoss()
     run = vit.Run(argparse.Namespace(**vars(args) | {"epochs": 1}), "tiny_clip", model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            pixels = vit.standardise(data.crop_flip(images[index], run.generator))
+            pixels, words = machine.share(vit.standardise(data.crop_flip(images[index], run.generator)), tokens[index])
             with machine.autocast():
-                picture, text, scale = model(pixels, tokens[index])
-            loss = contrast(picture.float(), text.float(), scale)
+                picture, text, scale = parallel(pixels, words)
+            loss = contrast(machine.gather(picture.float()), machine.gather(text.float()), scale)
             loss.backward()
             run.step(loss=loss)
     folder = out / "tiny_clip"
@@ -613,11 +617,8 @@ class Text:
 def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
     """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions (text: the function from Text.of)."""
     model.eval()
-    logits = []
-    for index in torch.arange(len(images), device=images.device).split(1024):
-        with torch.no_grad(), machine.autocast():
-            logits.append(model(images[index].float() / 255, *text(index)).float())
-    return torch.cat(logits)
+    with torch.no_grad(), machine.autocast():
+        return machine.shared_out(len(images), 1024, lambda index: model(images[index].float() / 255, *text(index)).float())
 
 
 def fuse(args) -> None:
@@ -638,6 +639,7 @@ def fuse(args) -> None:
     args.clip = text.clip  # goes into the checkpoint: other embeddings are another run
     (_, of_train), (_, of_validation) = text.of("train", len(images)), text.of("validation", len(validation))
     model = Fusion(start, text.states.shape[2], image=args.control != "text_only").to(machine.device)
+    parallel = machine.parallel(model, some_idle=True)
     cutmix = 0.0 if args.control == "text_only" else args.cutmix  # without the image nothing could tell what was mixed in
 
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
@@ -645,8 +647,9 @@ def fuse(args) -> None:
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
             # a mixed image keeps the caption of the image that it was pasted into
             x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, cutmix)
+            x, other, index = machine.share(x, other, index)
             with machine.autocast():
-                logits = model(x, *of_train(index))  # [B, K]
+                logits = parallel(x, *of_train(index))  # [B, K]
             loss = data.cutmix_loss(logits, labels[index], other, share, args.smoothing)
             loss.backward()
             run.step(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())

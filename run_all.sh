@@ -7,6 +7,7 @@
 # quick: a few thousand images, to see that everything works      laptop: all images, few epochs
 # full: the report's epochs, every control                        questions: laptop, then what the report left open
 #
+# NPROC=2 bash run_all.sh ... trains with so many processes, one per GPU (torchrun); the results stay the same.
 # A finished stage is skipped and an interrupted one goes on where it was, so after any accident type the same again (without --fresh).
 set -euo pipefail
 
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
             shift; [ "$1" = synthetic ] && data=synthetic || data=$(cd "$1" >/dev/null 2>&1 && pwd) || fail "there is no folder $1" ;;
     --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--seed needs a number; $usage"; seed=$2; shift ;;
     --fresh) fresh=yes ;;
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "don't know '$1'; $usage" ;;
   esac
   shift
@@ -63,6 +64,9 @@ case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, con
   full)   infonce=20; m=20; more=20; joint=20; tune=50; film=25; talk=25; join=25; cutmix=0.5 ;;
 esac
 
+train=python  # what starts the stages that train
+[ "${NPROC:-1}" = 1 ] || train="torchrun --standalone --nproc_per_node=$NPROC"
+
 stage() {  # stage "heading" command: prints both, runs the command
   printf '\n== %s\n$' "$1"; shift; printf ' %q' "$@"; printf '\n'
   "$@"
@@ -96,21 +100,21 @@ common=(--out "$out" --split test --seed "$seed")
 # ---------------------------------------------------------------- stage 1: learning from images without labels
 stage "control: a linear layer on raw pixels"          python ssl.py probe --checkpoint pixels "${common[@]}"
 stage "control: a linear probe of an untrained ViT"    python ssl.py probe --checkpoint untrained "${common[@]}"
-stage "InfoNCE: two views of one image look alike"     python ssl.py pretrain --task infonce --epochs $infonce --keep-epochs "${common[@]}"
+stage "InfoNCE: two views of one image look alike"     $train ssl.py pretrain --task infonce --epochs $infonce --keep-epochs "${common[@]}"
 stage "linear probe of the InfoNCE encoder"            python ssl.py probe --checkpoint "$out/infonce.pt" "${common[@]}"
-stage "Model M: name the angle, repaint the patches"   python ssl.py pretrain --task m --epochs $m "${common[@]}"
+stage "Model M: name the angle, repaint the patches"   $train ssl.py pretrain --task m --epochs $m "${common[@]}"
 stage "linear probe of Model M's encoder"              python ssl.py probe --checkpoint "$out/m.pt" "${common[@]}"
-stage "Model M continued from the InfoNCE encoder"     python ssl.py pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $more "${common[@]}"
+stage "Model M continued from the InfoNCE encoder"     $train ssl.py pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $more "${common[@]}"
 stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_infonce.pt" "${common[@]}"
-stage "Model M continued with InfoNCE beside it"       python ssl.py pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $joint --keep-epochs "${common[@]}"
+stage "Model M continued with InfoNCE beside it"       $train ssl.py pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $joint --keep-epochs "${common[@]}"
 stage "its linear probe"                               python ssl.py probe --checkpoint "$out/m_joint.pt" "${common[@]}"
-stage "fine-tuning on labels"                          python ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix --keep-epochs "${common[@]}"
+stage "fine-tuning on labels"                          $train ssl.py finetune --checkpoint "$out/m_joint.pt" --epochs $tune --cutmix $cutmix --keep-epochs "${common[@]}"
 if [ "$profile" != laptop ]; then  # costs as much again
-stage "control: the same training from scratch"        python ssl.py finetune --epochs $tune --cutmix $cutmix "${common[@]}"
+stage "control: the same training from scratch"        $train ssl.py finetune --epochs $tune --cutmix $cutmix "${common[@]}"
 fi
 
 # ---------------------------------------------------------------- stage 2: pseudo-videos
-video=(python video.py --checkpoint "$out/m_joint.pt" --epochs $film "${common[@]}")
+video=($train video.py --checkpoint "$out/m_joint.pt" --epochs $film "${common[@]}")
 stage "factorised encoder, one temporal block"         "${video[@]}" --model encoder --blocks 1 --cutmix $cutmix
 stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_encoder_1.pt" "${common[@]}"
 stage "factorised encoder, two temporal blocks"        "${video[@]}" --model encoder --blocks 2 --cutmix $cutmix
@@ -137,11 +141,11 @@ if [ -e "$out/captions_blip.jsonl" ]; then captioner=blip  # begun here, or brou
 else captioner=$(python multimodal.py captioner "${common[@]}"); fi  # blip or tiny; the reason goes to the terminal
 captions=$out/captions_$captioner.jsonl
 if [ "$captioner" = tiny ]; then
-stage "a small BLIP for each fold, a small CLIP"       python multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $talk "${common[@]}"
+stage "a small BLIP for each fold, a small CLIP"       $train multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $talk "${common[@]}"
 fi
 stage "a caption for every image"                      python multimodal.py caption --captioner "$captioner" "${common[@]}"
 stage "CLIP embeddings of the captions"                python multimodal.py embed --captions "$captions" "${common[@]}"
-fuse=(python multimodal.py fuse --epochs $join --cutmix $cutmix "${common[@]}" --captions)
+fuse=($train multimodal.py fuse --epochs $join --cutmix $cutmix "${common[@]}" --captions)
 stage "fusion: the image asks, the caption answers"    "${fuse[@]}" "$captions"
 stage "control: image only"                            "${fuse[@]}" "$captions" --control image_only
 stage "control: text only"                             "${fuse[@]}" "$captions" --control text_only
@@ -159,7 +163,7 @@ fi
 # ---------------------------------------------------------------- the questions that the report left open
 if [ -n "$questions" ]; then
 probe=(python ssl.py probe "${common[@]}" --checkpoint)
-learn=(python ssl.py finetune --cutmix 0 "${common[@]}")
+learn=($train ssl.py finetune --cutmix 0 "${common[@]}")
 # does pre-training pay, and with how many labels? (fewer labels get more epochs, but fewer steps)
 stage "probe of an untrained ViT, 1 % of the labels"   "${probe[@]}" untrained --labels 0.01 --name untrained_probe_1
 stage "and with 10 %"                                  "${probe[@]}" untrained --labels 0.1 --name untrained_probe_10
@@ -178,7 +182,7 @@ done
 # what does each half of Model M's task bring, and does its border betray a turned patch?
 for task in "masking 0" "rotation 0" "rotation 1" "image-rotation 0" "image-rotation 1"; do
 pretext=${task% *} gap=${task#* }
-stage "Model M, $pretext alone, a gap of $gap"         python ssl.py pretrain --task m --pretext $pretext --gap $gap --epochs $m --name m_${pretext}_$gap "${common[@]}"
+stage "Model M, $pretext alone, a gap of $gap"         $train ssl.py pretrain --task m --pretext $pretext --gap $gap --epochs $m --name m_${pretext}_$gap "${common[@]}"
 stage "its linear probe"                               "${probe[@]}" "$out/m_${pretext}_$gap.pt"
 done
 

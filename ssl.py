@@ -76,8 +76,8 @@ def infonce_step(model: nn.Module, images: torch.Tensor, args, machine, generato
     """Loss and metrics of one InfoNCE step on uint8 images [B, 3, S, S]."""
     views = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     with machine.autocast():
-        z = model.projector(model.encoder(views)[:, 0])  # [2B, E]
-    loss, match = info_nce(z, args.temperature)
+        z = model(*machine.share(views, views=2))  # [2B, E]
+    loss, match = info_nce(machine.gather(z, views=2), args.temperature)
     return {"loss": loss, "match": match}
 
 
@@ -94,24 +94,24 @@ def m_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None
         images = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     else:
         images = data.crop_flip(images, generator)  # [B, 3, S, S]
-    patch = model.encoder.config["patch_size"]
     masking, turning = {"both": (4, 4), "masking": (4, 0), "rotation": (0, 4), "image-rotation": (0, 0)}[args.pretext]
-    augmented, masked, _, angle = data.patch_augment(images, generator, patch, masking, turning, args.gap)
+    augmented, masked, _, angle = data.patch_augment(images, generator, args.patch, masking, turning, args.gap)
     if args.pretext == "image-rotation":
         augmented = data.turn(augmented, angle)
+    views = 2 if args.contrast else 1
+    images, augmented, masked, angle = machine.share(images, augmented, masked, angle, views=views)
     with machine.autocast():
-        logits, pixels, cls = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, D]
-        z = model.projector(cls) if args.contrast else None  # [2B, E]
+        logits, pixels, z = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, E]
     losses, metrics = [], {}
     if args.pretext != "masking":
         losses.append(F.cross_entropy(logits.float(), angle))
         metrics["angle"] = (logits.argmax(1) == angle).float().mean()
     if masking:
-        hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
+        hidden = data.take(data.patchify(images, args.patch), masked).flatten(2)  # [B, M, 3*P*P]
         losses.append(F.mse_loss(pixels.float(), vit.standardise(hidden)))
         metrics["mse"] = losses[-1]
     if args.contrast:
-        loss, metrics["match"] = info_nce(z, args.temperature)
+        loss, metrics["match"] = info_nce(machine.gather(z, views), args.temperature)
         losses.append(args.contrast * loss)
     return {"loss": sum(losses), **metrics}
 
@@ -120,6 +120,7 @@ def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
     """Loss and metrics of one supervised step on uint8 images [B, 3, S, S], labels [B]."""
     images = data.crop_flip(images, generator)  # [B, 3, S, S]
     images, other, share = data.cutmix(images, labels, generator, args.cutmix)
+    images, labels, other = machine.share(images, labels, other)
     with machine.autocast():
         logits = model(images)  # [B, K]
     loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)
@@ -141,13 +142,15 @@ def pretrain(args: argparse.Namespace) -> None:
         raise SystemExit(f"Model M masks and turns 8 patches, but this encoder has only {encoder.patches}; choose a smaller --patch")
     if args.task == "infonce" or args.contrast:
         model.projector = projector(encoder.config["dim"])
-    model.to(machine.device)
+    model.rotation_head.requires_grad_(args.task == "m" and args.pretext != "masking")  # what a task leaves out stays as it is
+    model.reconstruction_head.requires_grad_(args.task == "m" and args.pretext in ("both", "masking"))
+    parallel = machine.parallel(model.to(machine.device))
     task_step = {"infonce": infonce_step, "m": m_step}[args.task]
 
     run = vit.Run(args, args.name or args.task, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            metrics = task_step(model, images[index], args, machine, run.generator)
+            metrics = task_step(parallel, images[index], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
 
@@ -160,11 +163,12 @@ def finetune(args: argparse.Namespace) -> None:
     validation = data.load(args.data, "validation", machine.device, args.limit)
     encoder = vit.make_encoder(args, args.checkpoint)
     model = vit.Classifier(encoder).to(machine.device)
+    parallel = machine.parallel(model)
 
     run = vit.Run(args, name, model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            metrics = finetune_step(model, images[index], labels[index], args, machine, run.generator)
+            metrics = finetune_step(parallel, images[index], labels[index], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
         run.note(validation=vit.accuracy(predict(model, validation[0], machine), validation[1]))
@@ -189,7 +193,7 @@ def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> tor
     """Class logits [n, K], float32, of uint8 images [n, 3, S, S]."""
     model.eval()
     with torch.no_grad(), machine.autocast():
-        return torch.cat([model(x.float() / 255).float() for x in images.split(1000)])
+        return machine.shared_out(len(images), 1000, lambda index: model(images[index].float() / 255).float())
 
 
 def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:

@@ -188,8 +188,9 @@ def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args
     # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle from one other clip
     mixed, other, share = data.cutmix(images.flatten(1, 2), labels, generator, args.cutmix)  # [C, F*3, S, S]
     shown = random_repeats(C, frames, images.device, generator) if args.repeats else None
+    mixed, labels, other, shown = machine.share(mixed.view(images.shape), labels, other, shown)  # whole clips
     with machine.autocast():
-        logits, each = model(mixed.view(images.shape), shown)  # [C, K], [C, F, K]
+        logits, each = model(mixed, shown)  # [C, K], [C, F, K]
     loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)
     if args.frame_loss:
         own = [y.repeat_interleave(frames) for y in (labels, other)]  # [C*F] each
@@ -210,11 +211,8 @@ def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames:
     model.eval()
     C, n = index.shape
     shown = (torch.arange(frames, device=images.device) % n).expand(C, -1)  # [c, F]
-    logits, batch = [], max(1, 1024 // frames)
-    for i, s in zip(index.split(batch), shown.split(batch)):
-        with torch.no_grad(), machine.autocast():
-            logits.append(model(images[i].float() / 255, s)[0].float())
-    return torch.cat(logits)
+    with torch.no_grad(), machine.autocast():
+        return machine.shared_out(C, max(1, 1024 // frames), lambda c: model(images[index[c]].float() / 255, shown[c])[0].float())
 
 
 def same_class_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, different: int, args, machine) -> float:
@@ -239,6 +237,8 @@ def train(args: argparse.Namespace) -> None:
     except ValueError as error:
         sys.exit(f"{error}; choose a larger --limit or fewer --frames")
     model = MODELS[args.model](encoder, args.blocks, args.frames, ordered=args.positions).to(machine.device)
+    model.frame_head.requires_grad_(args.frame_loss > 0)
+    parallel = machine.parallel(model)
 
     classes = labels.tolist()
     steps = len(clip_steps(sampler, classes, args.clips, args.balanced))
@@ -248,7 +248,7 @@ def train(args: argparse.Namespace) -> None:
     for epoch in run.epochs():
         sampler.set_epoch(epoch)
         for index in run.steps(clip_steps(sampler, classes, args.clips, args.balanced).to(machine.device)):  # [C, F]
-            metrics = clip_step(model, images[index], labels[index[:, 0]], args, machine, run.generator)
+            metrics = clip_step(parallel, images[index], labels[index[:, 0]], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
         run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))

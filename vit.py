@@ -24,10 +24,13 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import sys
 import time
+import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,13 +183,18 @@ class ModelM(nn.Module):
         self.encoder = encoder
         self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
         self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
+        self.projector = None  # a third head, for InfoNCE, where a stage puts one
 
-    def forward(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """images: [B, 3, S, S]; masked: [B, M] patch indices -> angle logits [B, 4], pixels [B, M, 3*P*P], CLS [B, D]."""
+    def forward(self, images: torch.Tensor, masked: torch.Tensor | None = None):
+        """images: [B, 3, S, S]; masked: [B, M] patch indices -> angle logits [B, 4], pixels [B, M, 3*P*P], and the projected
+        CLS [B, E] or, without projector, None. Without `masked`, the projected CLS alone."""
         tokens = self.encoder(images)
         cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
+        z = self.projector(cls) if self.projector else None  # [B, E]
+        if masked is None:
+            return z
         at = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
-        return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, at)), cls
+        return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, at)), z
 
 
 class Classifier(nn.Module):
@@ -206,6 +214,9 @@ class Classifier(nn.Module):
 # Part 2: the plumbing. Nothing below is about transformers.
 # ----------------------------------------------------------------------------------------------------------------------
 
+# torchrun, PyTorch's launcher, tells each process its number and how many there are; only the first one prints and writes
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 class Machine:
     """Where the run computes, and in which precision; both chosen here, by measurement, and printed.
@@ -217,21 +228,29 @@ class Machine:
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda" and PROCESSES > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             sys.exit(f"the device {device!r} can't be used on this machine ({str(error).splitlines()[0]}); try --device cpu")
         self.device = torch.device(device)
+        if PROCESSES > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; everything drawn later comes from the run's own generator
         why = "as asked"
         if precision == "auto":
             seconds = {p: self._block_seconds(p) for p in ("float32", "bfloat16")}
+            if PROCESSES > 1:  # all take what the first one found
+                at_first = [seconds]
+                dist.broadcast_object_list(at_first)
+                seconds = at_first[0]
             precision = min(seconds, key=seconds.get)
             why = f"a step is {seconds['float32'] / seconds['bfloat16']:.1f}x as fast in bfloat16 as in float32"
         self.precision, self.seed = precision, seed
         kind = {"cuda": lambda: torch.cuda.get_device_name(self.device), "mps": lambda: "Apple GPU"}.get(self.device.type, processor_name)()
-        self.name = f"{self.device.type} ({kind}, {torch.get_num_threads()} CPU threads)"
+        self.name = f"{self.device.type} ({kind}, {torch.get_num_threads()} CPU threads{f' in each of {PROCESSES} processes' if PROCESSES > 1 else ''})"
         print(f"{self.name}, {self.precision}: {why}; torch {torch.__version__}, seed {seed}", flush=True)
 
     def autocast(self):
@@ -239,6 +258,54 @@ class Machine:
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    # The rest is for `torchrun`; a single process gets everything back as it gave it. Every process holds the whole data
+    # set, draws the same random numbers and augments the whole batch (cheap beside the network); then each takes its share.
+
+    def parallel(self, model: nn.Module, some_idle: bool = False) -> nn.Module:
+        """The model for a training step: called like `model`, it averages the gradients of all processes in backward.
+        `some_idle`: it has parameters that the step does not use."""
+        if PROCESSES == 1:
+            return model
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of CLS, which is one for the whole batch: harmless
+        gpu = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
+
+    def share(self, *tensors: torch.Tensor | None, views: int = 1) -> list[torch.Tensor | None]:
+        """This process's part of a global batch: of each tensor [views * B, ...] the rows [views * B / processes, ...]."""
+        if PROCESSES == 1:
+            return list(tensors)
+        return [t if t is None else t.unflatten(0, (views, PROCESSES, -1))[:, RANK].flatten(0, 1) for t in tensors]
+
+    def gather(self, x: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """The inverse of `share`: the parts [views * b, ...] of all processes, joined to [views * b * processes, ...].
+
+        InfoNCE needs it. An image's negatives are all other images of the batch; a process that knew only its own share
+        would have fewer of them, an easier task, and the mean of the gradients of such losses is not the gradient of the
+        whole batch's loss, because a softmax over some of the scores is not a part of the softmax over all. So every
+        process computes the whole loss, and from it the gradient of its own part, in all the part's roles. Together they
+        are the gradient; since `parallel` will take their mean instead of their sum, they are multiplied by their number.
+        """
+        if PROCESSES == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(PROCESSES)]
+        dist.all_gather(parts, x.detach().contiguous())
+        x.register_hook(lambda gradient: gradient * PROCESSES)
+        parts[RANK] = x  # the others' are constants here
+        parts = [part.unflatten(0, (views, -1)) for part in parts]  # each [views, b, ...]
+        return torch.stack(parts, dim=1).flatten(0, 2)  # [views, processes, b, ...] -> [views * processes * b, ...]
+
+    def shared_out(self, number: int, batch: int, function) -> torch.Tensor:
+        """Evaluate `function` on the indices 0 to number - 1, a batch at a time, each by one process: rows [number, K] for all."""
+        every = torch.arange(number, device=self.device)
+        mine = every.tensor_split(PROCESSES)[RANK]
+        rows = torch.cat([function(index) for index in mine.split(batch)])  # [n, K]
+        if PROCESSES == 1:
+            return rows
+        whole = rows.new_zeros(number, *rows.shape[1:])
+        whole[mine] = rows
+        dist.all_reduce(whole)  # every row is filled in by one process and zero in all others
+        return whole
 
     def _block_seconds(self, precision: str) -> float:
         """The best of several timed training steps of one block; infinite where this precision does not work."""
@@ -270,6 +337,8 @@ def processor_name() -> str:
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
     """Write all of `content` or nothing: readers see the old file until the new one is complete and on disk."""
+    if RANK:
+        return
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,6 +357,8 @@ def lock_folder(out: pathlib.Path) -> None:
     """Refuse a second run in the folder `out`; the system gives the lock back however this process ends."""
     import fcntl  # not on plain Windows; WSL has it
 
+    if RANK:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock_folder.held = open(out / ".lock", "w")  # stays open, and so locked, until the process ends
@@ -336,7 +407,7 @@ def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, *
     for package in packages:
         with contextlib.suppress(ImportError):
             results["versions"][package] = version(package)
-    results["rows"][row_name(args, name)] = measured_by | row | {"memory_gb": memory_gb(), "split": args.split, "command": shlex.join(["python", *sys.argv])}
+    results["rows"][row_name(args, name)] = measured_by | row | {"memory_gb": memory_gb(), "split": args.split, "command": typed()}
     write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
 
@@ -356,10 +427,16 @@ def row_name(args: argparse.Namespace, name: str) -> str:
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
     """True where results.json already has this row, from the same command and the same weights."""
     row = read_results(args.out)["rows"].get(row_name(args, name), {})
-    known = row.get("weights") == fingerprint(*checkpoints) and row["command"] == shlex.join(["python", *sys.argv])
+    known = row.get("weights") == fingerprint(*checkpoints) and row["command"] == typed()
     if known:
         print(f"{row_name(args, name)}: {row['value']:.4f}, measured before", flush=True)
     return known
+
+
+def typed() -> str:
+    """The command line that started this."""
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
+    return shlex.join([*launcher, *sys.argv])
 
 
 def fingerprint(*checkpoints: str) -> str:
@@ -430,6 +507,9 @@ class Run:
     def __init__(self, args: argparse.Namespace, name: str, model: nn.Module, machine: Machine, steps_per_epoch: int):
         if steps_per_epoch < 1:
             sys.exit(f"{name}: fewer images than one batch of {args.batch}; choose a smaller --batch")
+        parts, option = (args.clips, "clips") if hasattr(args, "clips") else (args.batch, "batch")
+        if parts % PROCESSES:
+            sys.exit(f"{name}: --{option} {parts} can't be shared out evenly among {PROCESSES} processes; choose another --{option}")
         self.path = pathlib.Path(args.out) / f"{name}.pt"
         self.name, self.model, self.machine, self.steps_per_epoch = name, model, machine, steps_per_epoch
         self.total, self.batch, self.lr, self.warmup = args.epochs, args.batch, args.lr, args.warmup
@@ -465,7 +545,7 @@ class Run:
             self.model.train()
             yield self.epoch
             self.seconds = already + time.perf_counter() - start
-            for key, value in self._means().items():
+            for key, value in self._means(everywhere=True).items():
                 self.history.setdefault(key, []).append(value)
             self.epoch += 1
             self._save()
@@ -481,7 +561,7 @@ class Run:
             if last or (terminal and now - shown > 1):  # reading the metrics makes a GPU wait, so only now and then
                 shown, rate = now, self.done / (now - start)
                 left = ((self.total - self.epoch) * self.steps_per_epoch - self.done) / rate
-                metrics = "  ".join(f"{key} {value:.3f}" for key, value in self._means().items())
+                metrics = "  ".join(f"{key} {value:.3f}" for key, value in self._means(everywhere=last).items())
                 line = f"{self.name} epoch {self.epoch + 1}/{self.total}  {metrics}  {rate * self.batch:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
                 print(f"\r{line:<110}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
 
@@ -501,8 +581,12 @@ class Run:
         for key, value in metrics.items():
             self.metrics.setdefault(key, []).append(torch.as_tensor(value).detach().float())
 
-    def _means(self) -> dict[str, float]:
-        values = {key: torch.stack(list_).cpu() for key, list_ in self.metrics.items()}
+    def _means(self, everywhere: bool = False) -> dict[str, float]:
+        values = {key: torch.stack(list_) for key, list_ in self.metrics.items()}
+        for value in values.values() if everywhere and PROCESSES > 1 else ():
+            dist.all_reduce(value)
+            value /= PROCESSES
+        values = {key: value.cpu() for key, value in values.items()}
         bad = (~torch.isfinite(values["loss"])).nonzero()
         if len(bad):
             sys.exit(f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
@@ -517,6 +601,8 @@ class Run:
         if self.keep_epochs:
             write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
         write_tensors(self.path, state if self.finished else state | {"optimizer": self.optimizer.state_dict()})
+        if PROCESSES > 1:
+            dist.barrier()  # the file is there before any process goes on
 
     def _resume(self) -> None:
         state = read_checkpoint(self.path)
@@ -588,6 +674,12 @@ def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argpa
 def command(parser: argparse.ArgumentParser) -> None:
     """Run the stage that the command line names; its parser has set `run` to the function."""
     args = parser.parse_args()
+    ended = "another process of this run has ended, so all do; the same command goes on after the last finished epoch"
+    if PROCESSES > 1:
+        if not hasattr(args, "epochs"):
+            sys.exit("this is no training stage; start it with python instead of torchrun")
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(print(ended, file=sys.stderr, flush=True) or 1))  # torchrun's way to end us
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:
         lock_folder(pathlib.Path(args.out))
         args.run(args)
@@ -595,6 +687,8 @@ def command(parser: argparse.ArgumentParser) -> None:
         print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch)", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
+        if PROCESSES > 1 and any(name in str(error).lower() for name in ("gloo", "nccl", "connection")):
+            sys.exit(ended)
         if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
             raise
         sys.exit("out of memory; choose a smaller --batch or, for video.py, fewer --clips (with --fresh), or --device cpu")

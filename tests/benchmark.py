@@ -1,6 +1,7 @@
 """How fast is a training step, how much of the machine does it use, and how long is an epoch?
 
     python tests/benchmark.py > results/benchmark.md
+    python tests/benchmark.py --processes 2        # instead: one process against two under torchrun, on the same cores or GPUs
 
 First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py writes it, and
 as timm, transformers and (where installed) vit-pytorch do, in float32 and in bfloat16 autocast, in one process, in
@@ -12,8 +13,10 @@ usual loop around timm's network and torchvision's transforms. Not a test: nothi
 import argparse
 import contextlib
 import importlib.util
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 
@@ -137,13 +140,36 @@ def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -
     stage1 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage1)
     images, labels = images.to(machine.device), labels.to(machine.device)
-    model, generator = vit.Classifier(vit.ViT()).to(machine.device), torch.Generator(machine.device).manual_seed(0)
+    model, generator = machine.parallel(vit.Classifier(vit.ViT()).to(machine.device)), torch.Generator(machine.device).manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
     for index in data.shuffled_batches(len(images), 128, generator):
         stage1.finetune_step(model, images[index], labels[index], argparse.Namespace(cutmix=0.0, smoothing=0.1), machine, generator)["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def epoch_seconds(loop, images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> float:
+    """How long one call of the loop takes."""
+    start = time.perf_counter()
+    loop(images, labels, machine)
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def processes_table(number: int, args: argparse.Namespace) -> None:
+    """Throughput of `our_loop` in one process and in several; each is started anew, as torchrun sets up its processes itself.
+    On a CPU they share the cores: one process with all of them, or several with a part each."""
+    print("| ssl.py's fine-tuning, global batch 128 | images/s |\n|---|---:|")
+    for count in (1, number):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else [sys.executable]
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+        words = [__file__, "--loop", "--images", str(args.images), "--device", args.device]
+        done = subprocess.run([*launcher, *words], env=os.environ | threads, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"the run with {count} processes failed; the lines above say why")
+        print(f"| {count} process{'es' if count > 1 else ''}, {threads['OMP_NUM_THREADS']} CPU threads each | {done.stdout.strip()} |", flush=True)
 
 
 def epoch_table(device: str, number: int) -> None:
@@ -153,11 +179,7 @@ def epoch_table(device: str, number: int) -> None:
     seconds = {our_loop: [], usual_loop: []}
     for _ in range(3):
         for loop in seconds:
-            start = time.perf_counter()
-            loop(images, labels, machine)
-            if machine.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[loop].append(time.perf_counter() - start)
+            seconds[loop].append(epoch_seconds(loop, images, labels, machine))
     ours, usual = (number / min(seconds[loop]) for loop in seconds)
     print("| one epoch of fine-tuning, width 128, batch 128 | precision | images/s | |\n|---|---|---:|---:|")
     print(f"| torchvision transforms, DataLoader with 2 workers, timm | {machine.precision} | {usual:.0f} | 1 |")
@@ -174,8 +196,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=2.0, help="per network, precision and round; there are three rounds")
     parser.add_argument("--images", type=int, default=9000, help="of the epoch in the second table")
+    parser.add_argument("--processes", type=int, help="instead of the tables: one process against so many")
+    parser.add_argument("--loop", action="store_true", help="instead of the tables: only ssl.py's images per second, of three epochs the best")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.processes:
+        return processes_table(args.processes, args)
+    if args.loop:
+        machine = quiet_machine(args.device, "auto")
+        best = min(epoch_seconds(our_loop, *data.synthetic(args.images), machine) for _ in range(3))
+        return print(f"{args.images / best:.0f}") if vit.RANK == 0 else None
     from importlib.metadata import version
 
     machine = quiet_machine(args.device, "float32")

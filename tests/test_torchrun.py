@@ -1,0 +1,114 @@
+"""Two processes under torchrun (gloo, on the CPU) do what one process does with the same global batch.
+
+This file is also the program that they run, in one go, as starting Python takes seconds: test_torchrun.py OUT [dying|resumed]
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMON = "--out OUT --data synthetic --limit 161 --dim 32 --device cpu --precision float32 --split test"  # 161: odd
+M = f"ssl.py pretrain --task m --batch 16 {COMMON} --epochs"
+STAGES = [f"{M} 1", f"{M} 1 --pretext masking --name masking", f"{M} 1 --contrast 1 --name m_joint",
+          f"ssl.py pretrain --task infonce --epochs 1 --batch 16 {COMMON}",
+          f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
+          f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}"]  # fmt: skip
+
+
+def program(out: str, what: str = "") -> None:
+    sys.path.insert(0, str(ROOT))
+    import vit
+
+    step = vit.Run.step
+
+    def step_or_die(self, **metrics):
+        step(self, **metrics)
+        if vit.RANK == 1 and (self.epoch, self.done) == (1, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    vit.Run.step = step_or_die if what == "dying" else step
+    for line in [f"{M} 3"] if what else STAGES:
+        sys.argv = line.replace("OUT", out).split()
+        spec = importlib.util.spec_from_file_location("stage", ROOT / sys.argv[0])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main()
+
+
+def start(processes: int, *words, code: int = 0) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launcher, __file__, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where one process and where two have written, and what the two have printed."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    start(1, one)
+    return one, two, start(2, two)
+
+
+def same_weights(a, b):
+    import torch
+
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["infonce", "m", "masking", "m_joint", "finetune", "video_encoder_1"])
+def test_after_ten_steps_the_weights_are_those_of_one_process(folders, name):
+    import vit
+
+    one, two = (vit.read_checkpoint(folder / f"{name}.pt") for folder in folders[:2])
+    same_weights(one["model"], two["model"])
+    for metric, values in one["history"].items():
+        assert two["history"][metric] == pytest.approx(values, rel=1e-4), metric
+
+
+def test_each_of_an_odd_number_of_images_is_judged_once_and_only_the_first_process_prints(folders):
+    one, two, printed = folders
+    guesses = [np.load(folder / "finetune.npz") for folder in (one, two)]
+    assert len(guesses[1]["guess"]) == 161
+    np.testing.assert_array_equal(guesses[0]["guess"], guesses[1]["guess"])
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (one, two)]
+    assert rows[0]["finetune"]["value"] == rows[1]["finetune"]["value"]
+    assert rows[0]["video_encoder_1"]["different"] == rows[1]["video_encoder_1"]["different"]
+    assert rows[1]["finetune"]["command"].startswith("torchrun --standalone --nproc_per_node=2 ssl.py finetune")
+    assert printed.count("finetune epoch 1/1") == 1 and "Warning" not in printed
+
+
+def test_a_killed_process_ends_the_run_which_then_goes_on_with_another_number_of_processes(tmp_path):
+    import vit
+
+    text = start(2, tmp_path, "dying", code=1)
+    assert text.count("another process of this run has ended") == 1
+    assert vit.read_checkpoint(tmp_path / "m.pt")["epoch"] == 1
+    assert "going on after epoch 1 of 3" in start(1, tmp_path, "resumed")
+    start(1, tmp_path / "whole", "resumed")
+    same_weights(*(vit.read_checkpoint(folder / "m.pt")["model"] for folder in (tmp_path, tmp_path / "whole")))
+
+
+def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch, tmp_path):
+    from test_vit import arguments
+
+    import vit
+
+    machine = vit.Machine("cpu", "float32")
+    monkeypatch.setattr(vit, "PROCESSES", 3)
+    with pytest.raises(SystemExit, match="--batch 8 can't be shared out evenly among 3 processes"):
+        vit.Run(arguments(tmp_path), "tiny", vit.Classifier(vit.ViT(dim=16, depth=1)), machine, 3)
+
+
+if __name__ == "__main__":
+    program(*sys.argv[1:])
