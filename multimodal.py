@@ -548,7 +548,7 @@ def tiny(args) -> None:
             for i in run.steps(data.shuffled_batches(len(others), args.batch, run.generator)):
                 index = others[i]  # [B]
                 shifted = (255 * data.crop_flip(images[index], run.generator)).round().byte()  # the processor takes pixels of 0 to 255
-                index, shifted = machine.share(index, shifted)
+                index, shifted = machine.part(index, shifted)
                 pixels = pixel_values(processor, shifted)
                 with machine.autocast():
                     logits = parallel(pixel_values=pixels, input_ids=ids[index]).logits.float()  # [B, L + 2, V]
@@ -572,7 +572,7 @@ def tiny(args) -> None:
     run = vit.Run(argparse.Namespace(**vars(args) | {"epochs": 1}), "tiny_clip", model, machine, len(images) // args.batch)
     for _ in run.epochs():
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
-            pixels, words = machine.share(vit.standardise(data.crop_flip(images[index], run.generator)), tokens[index])
+            pixels, words = machine.part(vit.standardise(data.crop_flip(images[index], run.generator)), tokens[index])
             with machine.autocast():
                 picture, text, scale = parallel(pixels, words)
             loss = contrast(machine.gather(picture.float()), machine.gather(text.float()), scale)
@@ -647,7 +647,7 @@ def fuse(args) -> None:
         for index in run.steps(data.shuffled_batches(len(images), args.batch, run.generator)):
             # a mixed image keeps the caption of the image that it was pasted into
             x, other, share = data.cutmix(data.crop_flip(images[index], run.generator), labels[index], run.generator, cutmix)
-            x, other, index = machine.share(x, other, index)
+            x, other, index = machine.part(x, other, index)
             with machine.autocast():
                 logits = parallel(x, *of_train(index))  # [B, K]
             loss = data.cutmix_loss(logits, labels[index], other, share, args.smoothing)

@@ -64,8 +64,12 @@ case "$profile" in  # epochs of InfoNCE, of Model M from scratch, continued, con
   full)   infonce=20; m=20; more=20; joint=20; tune=50; film=25; talk=25; join=25; cutmix=0.5 ;;
 esac
 
-train=python  # what starts the stages that train
-[ "${NPROC:-1}" = 1 ] || train="torchrun --standalone --nproc_per_node=$NPROC"
+NPROC=${NPROC:-1} train=python clips=python  # what starts the stages that train, and those that train on clips
+if [ "$NPROC" != 1 ]; then
+  train="torchrun --standalone --nproc_per_node=$NPROC"
+  [ $((10 % NPROC)) != 0 ] || clips=$train  # 10 clips a step must be shared out evenly
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, os.cpu_count() // $NPROC))")}
+fi
 
 stage() {  # stage "heading" command: prints both, runs the command
   printf '\n== %s\n$' "$1"; shift; printf ' %q' "$@"; printf '\n'
@@ -114,25 +118,25 @@ stage "control: the same training from scratch"        $train ssl.py finetune --
 fi
 
 # ---------------------------------------------------------------- stage 2: pseudo-videos
-video=($train video.py --checkpoint "$out/m_joint.pt" --epochs $film "${common[@]}")
-stage "factorised encoder, one temporal block"         "${video[@]}" --model encoder --blocks 1 --cutmix $cutmix
+video=(--checkpoint "$out/m_joint.pt" --epochs $film "${common[@]}")
+stage "factorised encoder, one temporal block"         $clips video.py "${video[@]}" --model encoder --blocks 1 --cutmix $cutmix
 stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_encoder_1.pt" "${common[@]}"
-stage "factorised encoder, two temporal blocks"        "${video[@]}" --model encoder --blocks 2 --cutmix $cutmix
+stage "factorised encoder, two temporal blocks"        $clips video.py "${video[@]}" --model encoder --blocks 2 --cutmix $cutmix
 if [ "$profile" != laptop ]; then  # in full: hours, without a GPU
-stage "factorised self-attention, one block"           "${video[@]}" --model divided --blocks 1 --cutmix $cutmix
-stage "factorised self-attention, two blocks"          "${video[@]}" --model divided --blocks 2 --cutmix $cutmix
-stage "control: without temporal positions"            "${video[@]}" --no-positions --name video_unordered --cutmix $cutmix
+stage "factorised self-attention, one block"           $clips video.py "${video[@]}" --model divided --blocks 1 --cutmix $cutmix
+stage "factorised self-attention, two blocks"          $clips video.py "${video[@]}" --model divided --blocks 2 --cutmix $cutmix
+stage "control: without temporal positions"            $clips video.py "${video[@]}" --no-positions --name video_unordered --cutmix $cutmix
 # the report says: one clip a step, the same loss on nothing but the clip, 25 epochs; the rest (learning rate, augmentation,
 # smoothing) it leaves open, and here the start is our better Model M
 report=(--frame-loss 0 --no-repeats --no-balanced)
-stage "the report's training: one clip a step"         "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 1 --name video_report_1
+stage "the report's training: one clip a step"         python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 1 --name video_report_1
 stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_report_1.pt" "${common[@]}"
-stage "the report's training, two blocks"              "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 2 --name video_report_2
+stage "the report's training, two blocks"              python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 2 --name video_report_2
 # from there to our training, step by step (CutMix, in full, then makes it video_encoder_1)
-stage "ten clips a step"                               "${video[@]}" "${report[@]}" --name video_random
-stage "with every class in each step"                  "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced
-stage "of 1 to 16 different images"                    "${video[@]}" --frame-loss 0 --name video_repeats
-stage "and every image classified by itself, too"      "${video[@]}" --name video_frame_loss
+stage "ten clips a step"                               $clips video.py "${video[@]}" "${report[@]}" --name video_random
+stage "with every class in each step"                  $clips video.py "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced
+stage "of 1 to 16 different images"                    $clips video.py "${video[@]}" --frame-loss 0 --name video_repeats
+stage "and every image classified by itself, too"      $clips video.py "${video[@]}" --name video_frame_loss
 fi
 
 # ---------------------------------------------------------------- stage 3: language
@@ -193,7 +197,7 @@ stage "from scratch, 64 patches of 4x4"                "${learn[@]}" --epochs 8 
 
 # one temporal block or two, on the report's clips: one a step, and no loss but the clip's
 for blocks in 1 2; do
-stage "the report's video training, blocks: $blocks"   "${video[@]}" --frame-loss 0 --no-repeats --no-balanced --clips 1 --lr 1e-4 --blocks $blocks --name video_report_$blocks
+stage "the report's video training, blocks: $blocks"   python video.py "${video[@]}" --frame-loss 0 --no-repeats --no-balanced --clips 1 --lr 1e-4 --blocks $blocks --name video_report_$blocks
 done
 fi
 

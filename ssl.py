@@ -76,8 +76,8 @@ def infonce_step(model: nn.Module, images: torch.Tensor, args, machine, generato
     """Loss and metrics of one InfoNCE step on uint8 images [B, 3, S, S]."""
     views = torch.cat([data.contrastive_view(images, generator) for _ in range(2)])  # [2B, 3, S, S]
     with machine.autocast():
-        z = model(*machine.share(views, views=2))  # [2B, E]
-    loss, match = info_nce(machine.gather(z, views=2), args.temperature)
+        z = model(*machine.part(views, views=2))  # [2B, E]
+    loss, match = info_nce(machine.gather(z.float(), views=2), args.temperature)
     return {"loss": loss, "match": match}
 
 
@@ -99,7 +99,7 @@ def m_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None
     if args.pretext == "image-rotation":
         augmented = data.turn(augmented, angle)
     views = 2 if args.contrast else 1
-    images, augmented, masked, angle = machine.share(images, augmented, masked, angle, views=views)
+    images, augmented, masked, angle = machine.part(images, augmented, masked, angle, views=views)
     with machine.autocast():
         logits, pixels, z = model(augmented, masked)  # [B, 4], [B, M, 3*P*P], [B, E]
     losses, metrics = [], {}
@@ -111,7 +111,7 @@ def m_step(model: nn.Module, images: torch.Tensor, args, machine, generator=None
         losses.append(F.mse_loss(pixels.float(), vit.standardise(hidden)))
         metrics["mse"] = losses[-1]
     if args.contrast:
-        loss, metrics["match"] = info_nce(machine.gather(z, views), args.temperature)
+        loss, metrics["match"] = info_nce(machine.gather(z.float(), views), args.temperature)
         losses.append(args.contrast * loss)
     return {"loss": sum(losses), **metrics}
 
@@ -120,7 +120,7 @@ def finetune_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
     """Loss and metrics of one supervised step on uint8 images [B, 3, S, S], labels [B]."""
     images = data.crop_flip(images, generator)  # [B, 3, S, S]
     images, other, share = data.cutmix(images, labels, generator, args.cutmix)
-    images, labels, other = machine.share(images, labels, other)
+    images, labels, other = machine.part(images, labels, other)
     with machine.autocast():
         logits = model(images)  # [B, K]
     loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)

@@ -188,7 +188,7 @@ def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args
     # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle from one other clip
     mixed, other, share = data.cutmix(images.flatten(1, 2), labels, generator, args.cutmix)  # [C, F*3, S, S]
     shown = random_repeats(C, frames, images.device, generator) if args.repeats else None
-    mixed, labels, other, shown = machine.share(mixed.view(images.shape), labels, other, shown)  # whole clips
+    mixed, labels, other, shown = machine.part(mixed.view(images.shape), labels, other, shown)  # whole clips
     with machine.autocast():
         logits, each = model(mixed, shown)  # [C, K], [C, F, K]
     loss = data.cutmix_loss(logits, labels, other, share, args.smoothing)

@@ -26,6 +26,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 
@@ -215,7 +216,7 @@ class Classifier(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # torchrun, PyTorch's launcher, tells each process its number and how many there are; only the first one prints and writes
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 
 
 class Machine:
@@ -227,8 +228,8 @@ class Machine:
 
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cuda" and PROCESSES > 1:
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and PROCESSES == 1 else "cpu"
+        if device.startswith("cuda") and PROCESSES > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             torch.empty(1, device=device)
@@ -236,6 +237,8 @@ class Machine:
             sys.exit(f"the device {device!r} can't be used on this machine ({str(error).splitlines()[0]}); try --device cpu")
         self.device = torch.device(device)
         if PROCESSES > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; everything drawn later comes from the run's own generator
@@ -271,14 +274,14 @@ class Machine:
         gpu = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
 
-    def share(self, *tensors: torch.Tensor | None, views: int = 1) -> list[torch.Tensor | None]:
+    def part(self, *tensors: torch.Tensor | None, views: int = 1) -> list[torch.Tensor | None]:
         """This process's part of a global batch: of each tensor [views * B, ...] the rows [views * B / processes, ...]."""
         if PROCESSES == 1:
             return list(tensors)
         return [t if t is None else t.unflatten(0, (views, PROCESSES, -1))[:, RANK].flatten(0, 1) for t in tensors]
 
     def gather(self, x: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """The inverse of `share`: the parts [views * b, ...] of all processes, joined to [views * b * processes, ...].
+        """The inverse of `part`: the parts [views * b, ...] of all processes, joined to [views * b * processes, ...].
 
         InfoNCE needs it. An image's negatives are all other images of the batch; a process that knew only its own share
         would have fewer of them, an easier task, and the mean of the gradients of such losses is not the gradient of the
@@ -297,10 +300,11 @@ class Machine:
 
     def shared_out(self, number: int, batch: int, function) -> torch.Tensor:
         """Evaluate `function` on the indices 0 to number - 1, a batch at a time, each by one process: rows [number, K] for all."""
-        every = torch.arange(number, device=self.device)
-        mine = every.tensor_split(PROCESSES)[RANK]
+        mine = every = torch.arange(number, device=self.device)
+        if number >= PROCESSES:
+            mine = every.tensor_split(PROCESSES)[RANK]
         rows = torch.cat([function(index) for index in mine.split(batch)])  # [n, K]
-        if PROCESSES == 1:
+        if len(mine) == number:
             return rows
         whole = rows.new_zeros(number, *rows.shape[1:])
         whole[mine] = rows
@@ -427,7 +431,7 @@ def row_name(args: argparse.Namespace, name: str) -> str:
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
     """True where results.json already has this row, from the same command and the same weights."""
     row = read_results(args.out)["rows"].get(row_name(args, name), {})
-    known = row.get("weights") == fingerprint(*checkpoints) and row["command"] == typed()
+    known = row.get("weights") == fingerprint(*checkpoints) and row["command"].endswith(shlex.join(sys.argv))
     if known:
         print(f"{row_name(args, name)}: {row['value']:.4f}, measured before", flush=True)
     return known
@@ -435,8 +439,7 @@ def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
 
 def typed() -> str:
     """The command line that started this."""
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
-    return shlex.join([*launcher, *sys.argv])
+    return shlex.join([*(["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]), *sys.argv])
 
 
 def fingerprint(*checkpoints: str) -> str:
@@ -583,9 +586,10 @@ class Run:
 
     def _means(self, everywhere: bool = False) -> dict[str, float]:
         values = {key: torch.stack(list_) for key, list_ in self.metrics.items()}
-        for value in values.values() if everywhere and PROCESSES > 1 else ():
-            dist.all_reduce(value)
-            value /= PROCESSES
+        if everywhere and PROCESSES > 1:
+            values = {key: value.to(self.machine.device) / PROCESSES for key, value in values.items()}
+            for value in values.values():
+                dist.all_reduce(value)
         values = {key: value.cpu() for key, value in values.items()}
         bad = (~torch.isfinite(values["loss"])).nonzero()
         if len(bad):
@@ -671,24 +675,43 @@ def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argpa
     return p
 
 
+def end(why: str) -> None:
+    """Leave, as another process has; one of those that are left says so."""
+    if RANK == 0 or PROCESSES == 2:
+        print(f"another process of this run has ended ({why}); the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def watch_for_the_end() -> None:
+    """Under torchrun: be told when another process has died, which it does by SIGTERM, even while a GPU keeps us waiting."""
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that it goes to the thread that waits for it
+    threading.Thread(target=lambda: end(signal.Signals(signal.sigwait([signal.SIGTERM])).name), daemon=True).start()
+
+
 def command(parser: argparse.ArgumentParser) -> None:
     """Run the stage that the command line names; its parser has set `run` to the function."""
-    args = parser.parse_args()
-    ended = "another process of this run has ended, so all do; the same command goes on after the last finished epoch"
     if PROCESSES > 1:
-        if not hasattr(args, "epochs"):
-            sys.exit("this is no training stage; start it with python instead of torchrun")
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(print(ended, file=sys.stderr, flush=True) or 1))  # torchrun's way to end us
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        watch_for_the_end()
     try:
+        args = parser.parse_args()
+        if PROCESSES > 1 and not hasattr(args, "epochs"):
+            sys.exit("this is no training stage; start it with python instead of torchrun")
         lock_folder(pathlib.Path(args.out))
         args.run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as error:
+        if RANK and error.code:
+            time.sleep(2)  # the first process says why
+            sys.exit(1)
+        raise
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch)", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
         if PROCESSES > 1 and any(name in str(error).lower() for name in ("gloo", "nccl", "connection")):
-            sys.exit(ended)
+            end(str(error).splitlines()[0])
         if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
             raise
         sys.exit("out of memory; choose a smaller --batch or, for video.py, fewer --clips (with --fresh), or --device cpu")

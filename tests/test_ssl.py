@@ -75,7 +75,7 @@ def test_info_nce_equals_its_definition_in_numpy(stage1):
 def small(stage1):
     model = vit.ModelM(vit.ViT(dim=32, depth=2))
     model.projector = stage1.projector(32)
-    return model, argparse.Namespace(temperature=0.2, cutmix=0.5, smoothing=0.1, contrast=0.0, pretext="both", gap=0)
+    return model, argparse.Namespace(temperature=0.2, cutmix=0.5, smoothing=0.1, contrast=0.0, pretext="both", gap=0, patch=8)
 
 
 @pytest.mark.parametrize("task", ["infonce", "m", "m joint", "finetune"])

@@ -20,7 +20,10 @@ M = f"ssl.py pretrain --task m --batch 16 {COMMON} --epochs"
 STAGES = [f"{M} 1", f"{M} 1 --pretext masking --name masking", f"{M} 1 --contrast 1 --name m_joint",
           f"ssl.py pretrain --task infonce --epochs 1 --batch 16 {COMMON}",
           f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
-          f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}"]  # fmt: skip
+          f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}",
+          f"multimodal.py tiny --checkpoint OUT/m.pt --enlarge 32 --epochs 1 --batch 16 {COMMON}",
+          f"multimodal.py fuse --captions OUT/words.jsonl --text tokens --blocks 1 --cutmix 0.5 --epochs 1 --batch 16 {COMMON}",
+          f"multimodal.py fuse --captions OUT/words.jsonl --control image_only --blocks 1 --epochs 1 --batch 16 {COMMON}"]  # fmt: skip
 
 
 def program(out: str, what: str = "") -> None:
@@ -53,7 +56,18 @@ def start(processes: int, *words, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Where one process and where two have written, and what the two have printed."""
+    import torch
+
+    import vit
+
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    captions = [["a cat", "a dog on grass", "red"][i % 3] for i in range(161)]
+    lines = [{"captioner": "hand", "model": "a test", "dataset": "synthetic"}]
+    lines += [{"split": split, "index": i, "caption": c} for split in ("train", "validation", "test") for i, c in enumerate(captions)]
+    states = torch.randn(13, 24).half()
+    for folder in (one, two):
+        (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        vit.write_npz(folder / "words.npz", used="a test", captions=captions[:3], length=[4, 6, 3], states=states)
     start(1, one)
     return one, two, start(2, two)
 
@@ -66,7 +80,8 @@ def same_weights(a, b):
         torch.testing.assert_close(value, b[key], rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["infonce", "m", "masking", "m_joint", "finetune", "video_encoder_1"])
+@pytest.mark.parametrize("name", ["infonce", "m", "masking", "m_joint", "finetune", "video_encoder_1", "tiny_blip_0", "tiny_clip",
+                                  "fusion_hand_1_tokens", "fusion_hand_1_image_only"])  # fmt: skip
 def test_after_ten_steps_the_weights_are_those_of_one_process(folders, name):
     import vit
 
@@ -84,7 +99,7 @@ def test_each_of_an_odd_number_of_images_is_judged_once_and_only_the_first_proce
     rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (one, two)]
     assert rows[0]["finetune"]["value"] == rows[1]["finetune"]["value"]
     assert rows[0]["video_encoder_1"]["different"] == rows[1]["video_encoder_1"]["different"]
-    assert rows[1]["finetune"]["command"].startswith("torchrun --standalone --nproc_per_node=2 ssl.py finetune")
+    assert rows[1]["finetune"]["command"].startswith("torchrun --nproc_per_node=2 ssl.py finetune")
     assert printed.count("finetune epoch 1/1") == 1 and "Warning" not in printed
 
 
