@@ -591,7 +591,8 @@ def movie(args: argparse.Namespace) -> None:
         encoder = (vit.load_encoder(path) if path else vit.make_encoder(args, None)).to(machine.device).eval()
         with torch.no_grad(), machine.autocast():
             keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(1000)]) for images, _ in (train, validation))
-            maps.append(token_similarity(encoder(validation[0][shown].float() / 255).float())[:, 0, 1:].cpu().numpy())  # [K, N]
+            tokens = encoder(validation[0][shown].float() / 255)
+        maps.append(token_similarity(tokens.float())[:, 0, 1:].cpu().numpy())  # [K, N]
         guess = nearest_neighbours(queries, keys, train[1])
         answers.append(guess[shown].tolist())
         right.append((guess == validation[1]).float().mean().item())
