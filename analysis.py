@@ -573,11 +573,12 @@ def movie(args: argparse.Namespace) -> None:
     out, target = pathlib.Path(args.out), pathlib.Path(args.out) / "figures" / "learning.gif"
     scenes = [("before any training", None)]
     for name, what in FILM.items():
-        paths = sorted(out.glob(f"{name}-epoch*.pt"), key=lambda p: int(p.stem.split("-epoch")[1]))
-        chosen = sorted({round(i) for i in np.linspace(0, len(paths) - 1, min(8, len(paths)))})
-        scenes += [(f"{what}, epoch {i + 1} of {len(paths)}", paths[i]) for i in chosen]
+        last = vit.read_checkpoint(out / f"{name}.pt")["epoch"] if (out / f"{name}.pt").exists() else 0
+        kept = [k for k in range(1, last + 1) if (out / f"{name}-epoch{k}.pt").exists()]
+        chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))})
+        scenes += [(f"{what}, epoch {kept[i]} of {last}", out / f"{name}-epoch{kept[i]}.pt") for i in chosen]
     if len(scenes) == 1:
-        raise SystemExit(f"{out} has no {next(iter(FILM))}-epoch1.pt; `python ssl.py pretrain --keep-epochs` makes it")
+        return print(f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --keep-epochs --fresh` keeps them", flush=True)
     made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
     if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
         return print(f"{target}: drawn before", flush=True)
@@ -590,7 +591,8 @@ def movie(args: argparse.Namespace) -> None:
         encoder = (vit.load_encoder(path) if path else vit.make_encoder(args, None)).to(machine.device).eval()
         with torch.no_grad(), machine.autocast():
             keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(1000)]) for images, _ in (train, validation))
-            maps.append(token_similarity(encoder(validation[0][shown].float() / 255).float())[:, 0, 1:].cpu().numpy())  # [K, N]
+            tokens = encoder(validation[0][shown].float() / 255)
+        maps.append(token_similarity(tokens.float())[:, 0, 1:].cpu().numpy())  # [K, N]
         guess = nearest_neighbours(queries, keys, train[1])
         answers.append(guess[shown].tolist())
         right.append((guess == validation[1]).float().mean().item())
@@ -745,7 +747,7 @@ def entry(runs: dict[str, dict], what: str) -> str:
     profile, row, key = (what.split(":") + [""])[:3]
     key = "report" if profile == "report" else key or "value"
     found = []
-    for results in [r for name, r in runs.items() if profile in ("report", name.split("-")[1])]:
+    for results in [r for name, r in runs.items() if profile in ("report", *name.split("-"))]:
         value = results["rows"].get(row) if row else results
         for step in key.split("."):
             value = None if value is None else value[int(step)] if isinstance(value, list) else value.get(step)

@@ -360,10 +360,12 @@ def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None
     ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and rotated patches
     together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens so many pixels along each
     border of every patch, so that no line goes on from one patch to the next and betrays which one was turned.
-    Raises ValueError when there are fewer than masked + rotated patches.
+    Raises ValueError when there are fewer than masked + rotated patches, or when the gap leaves nothing of them.
     """
     x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
     B, N = x.shape[:2]
+    if 2 * gap >= patch:
+        raise ValueError(f"a gap of {gap} pixels leaves nothing of a {patch}-pixel patch")
     if masked + rotated > N:
         raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
     order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # a random permutation per image

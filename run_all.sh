@@ -96,7 +96,7 @@ mkdir -p "$out"
 exec 9>"$out/.run_all.lock"  # held until this script and all it started have ended, however they end
 python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || fail "another run_all.sh is working in $out; wait for it or stop it"
 [ -z "$fresh" ] || rm -rf "$out"/*
-[ -e "$out/results.json" ] || from_nothing=yes
+[ -e "$out/results.json" ] || [ -n "$questions" ] || from_nothing=yes
 common=(--out "$out" --split test --seed "$seed")
 [ "$where" = data ] || common+=(--data "$where")
 [ "$profile" != quick ] || common+=(--limit 3000)

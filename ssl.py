@@ -140,6 +140,8 @@ def pretrain(args: argparse.Namespace) -> None:
     model = vit.ModelM(encoder)
     if args.task == "m" and encoder.patches < 8:
         raise SystemExit(f"Model M masks and turns 8 patches, but this encoder has only {encoder.patches}; choose a smaller --patch")
+    if 2 * args.gap >= args.patch:
+        raise SystemExit(f"--gap {args.gap} leaves nothing of a {args.patch}-pixel patch; choose a smaller one")
     if args.task == "infonce" or args.contrast:
         model.projector = projector(encoder.config["dim"])
     model.rotation_head.requires_grad_(args.task == "m" and args.pretext != "masking")  # what a task leaves out stays as it is

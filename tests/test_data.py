@@ -71,6 +71,8 @@ def test_patch_counts_and_sizes_are_parameters(batch):
         data.patch_augment(batch, masked=9, rotated=8)
     with pytest.raises(ValueError, match="whole number"):
         data.patchify(batch, 5)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        data.patch_augment(batch, patch=4, gap=2)
 
 
 # -------------------------------------------------------------------------------------------------- augmentation

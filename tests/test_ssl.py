@@ -206,6 +206,7 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5], 1, "5-pixel patches"),
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 16], 1, "only 4"),
     (["ssl.py", "finetune", "--epochs", "0"], 2, "whole number above 0"),
+    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 200, "--patch", 4, "--gap", 2], 1, "leaves nothing"),
     (["ssl.py", "finetune", "--labels", "1.5"], 2, "at most 1"),
     (["ssl.py", "finetune", "--labels", "0.01", "--data", "synthetic", "--limit", 100], 1, "leaves 1; at least 10"),
     (["analysis.py", "report"], 1, "no rows of the validation split yet"),
