@@ -15,6 +15,7 @@ P patch size in pixels, S image size in pixels.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import io
@@ -240,6 +241,7 @@ class Machine:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; everything drawn later comes from the run's own generator
         why = "as asked"
@@ -699,8 +701,6 @@ def command(parser: argparse.ArgumentParser) -> None:
             sys.exit("this is no training stage; start it with python instead of torchrun")
         lock_folder(pathlib.Path(args.out))
         args.run(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except SystemExit as error:
         if RANK and error.code:
             time.sleep(2)  # the first process says why
