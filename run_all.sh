@@ -184,9 +184,9 @@ stage "and with 10 %"                                  "${learn[@]}" --checkpoin
 done
 
 # what does each half of Model M's task bring, and does its border betray a turned patch?
-for task in "masking 0" "rotation 0" "rotation 1" "image-rotation 0" "image-rotation 1"; do
+for task in "masking 0" "rotation 0" "rotation 1" "both 1" "image-rotation 0" "image-rotation 1"; do
 pretext=${task% *} gap=${task#* }
-stage "Model M, $pretext alone, a gap of $gap"         $train ssl.py pretrain --task m --pretext $pretext --gap $gap --epochs $m --name m_${pretext}_$gap "${common[@]}"
+stage "Model M, task: $pretext, a gap of $gap"         $train ssl.py pretrain --task m --pretext $pretext --gap $gap --epochs $m --name m_${pretext}_$gap "${common[@]}"
 stage "its linear probe"                               "${probe[@]}" "$out/m_${pretext}_$gap.pt"
 done
 
