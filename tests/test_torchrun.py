@@ -73,13 +73,18 @@ def folders(tmp_path_factory):
 
 
 def same_weights(a, b):
+    """Up to rounding; but without the biases of keys. Such a bias adds the same to all scores of a query, softmax ignores
+    that, and so its gradient is nothing but rounding errors, of which Adam, dividing by their size, makes whole steps."""
     import torch
 
     assert a.keys() == b.keys()
-    # a key's bias adds the same to all scores of a query, so softmax ignores it and its gradient is nothing but rounding
-    # errors; Adam, which divides gradients by their size, makes steps of them, hence a tolerance of 1 % of the way gone
-    for key, value in a.items():
-        torch.testing.assert_close(value, b[key], rtol=0, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    for name, value in a.items():
+        keys = torch.zeros(len(value) if value.ndim else 1, dtype=torch.bool)
+        kinds = {"qkv.bias": (1, 3), "in_proj_bias": (1, 3), "kv.bias": (0, 2), "key.bias": (0, 1)}  # keys: which of how many parts
+        for part, of in [where for kind, where in kinds.items() if name.endswith(kind)][:1]:
+            keys.chunk(of)[part].fill_(True)
+        found, expected = (x.reshape(len(keys), -1)[~keys] for x in (value, b[name]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", ["infonce", "m", "masking", "m_joint", "finetune", "video_encoder_1", "tiny_blip_0", "tiny_clip",
