@@ -578,7 +578,7 @@ def movie(args: argparse.Namespace) -> None:
         chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))})
         scenes += [(f"{what}, epoch {kept[i]} of {last}", out / f"{name}-epoch{kept[i]}.pt") for i in chosen]
     if len(scenes) == 1:
-        return print(f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --keep-epochs --fresh` keeps them", flush=True)
+        return print(f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs --fresh` keeps them", flush=True)
     made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
     if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
         return print(f"{target}: drawn before", flush=True)
@@ -730,7 +730,7 @@ def report(args: argparse.Namespace) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Publishing. README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each followed by
-# the number it asks for and <!--/-->. `publish` fills them in from the runs, so no number on those pages is typed.
+# the number it asks for and <!--/-->. `publish` fills them in from the runs, so no result on those pages is typed.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
@@ -806,7 +806,7 @@ def main() -> None:
             p.add_argument("--seconds", type=int, help="how long the whole run took, where it ran in one go")
         p.set_defaults(run=function)
     p = stages.add_parser("publish", help=publish.__doc__)
-    p.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="finished runs (default: all of runs/cifar10-*)")
+    p.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="finished runs (default: runs/cifar10-full*, -laptop* and -quick*)")
     p.set_defaults(run=publish, out="results")
     vit.command(parser)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole experiment, top to bottom. Every line that starts with "stage" is a command you can type yourself.
+# The whole experiment, top to bottom. Each stage prints its command, which you can type as it stands.
 #
 #   bash run_all.sh [quick|laptop|full|questions] [--data DIR] [--seed N] [--fresh]     default: full with a CUDA GPU, else laptop
 #   bash run_all.sh test                                                                the tests (about three minutes)

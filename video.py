@@ -293,7 +293,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common, training])
     p.add_argument("--checkpoint", metavar="FILE", required=True, help="start from the image encoder in this checkpoint")
     p.add_argument("--model", choices=list(MODELS), default="encoder", help="how attention is factorised (default: %(default)s)")
-    p.add_argument("--blocks", type=vit.positive, default=1, help="spatio-temporal blocks (default: %(default)s)")
+    p.add_argument("--blocks", type=vit.positive, default=1, help="temporal blocks (divided: image blocks that also attend across time; default: %(default)s)")
     p.add_argument("--frames", type=vit.positive, default=16, help="images of a clip (default: %(default)s)")
     yes_no = argparse.BooleanOptionalAction
     p.add_argument("--positions", action=yes_no, default=True, help="tell the temporal attention which frame is which (default: yes)")
