@@ -602,8 +602,8 @@ def movie(args: argparse.Namespace) -> None:
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
     frames = []
     for f, (what, _) in enumerate(scenes):
-        page = Page(900, 350, what, "Validation images; below each, the cosine of CLS with every patch, and the class of most of its 20 nearest neighbours among "
-                    f"{len(train[1]):,}\ntraining images (green: right). Below: how often that is right for {len(validation[1]):,} images.", data.describe(args.data)["provenance"])  # fmt: skip
+        page = Page(900, 350, what, "Validation images; below each, the cosine of CLS with every patch (yellow: high), and the class of most of its 20 nearest\n"
+                    f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is right for {len(validation[1]):,} images.", data.describe(args.data)["provenance"])  # fmt: skip
         for i, image in enumerate(pixels(validation[0][shown].cpu())):
             x = 24 + 86 * i
             page.paste(image, x, page.top + 6, 80)
@@ -616,7 +616,8 @@ def movie(args: argparse.Namespace) -> None:
         page.draw.ellipse([line[f][0] - 4, line[f][1] - 4, line[f][0] + 4, line[f][1] + 4], fill=LINES[0])
         page.text(line[f][0] + 8, line[f][1] + 12, f"{100 * right[f]:.1f} %", 14)
         frames.append(page.image)
-    palette = frames[-1].quantize(200)  # one for all, so that what stands still costs nothing
+    every = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
+    palette = every.quantize(200)  # one for all frames, so that what stands still costs nothing
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[900] * (len(frames) - 1) + [3000], loop=0, comment=made_from.encode())
