@@ -78,10 +78,12 @@ def test_without_positions_a_block_does_not_know_the_order_of_its_tokens():
 def test_model_m_paints_the_masked_patches_from_their_own_tokens():
     model, images = vit.ModelM(vit.ViT(dim=32, depth=1)).eval(), torch.rand(2, 3, 32, 32)
     masked = torch.tensor([[3, 0], [15, 7]])
-    _, pixels, cls = model(images, masked)
+    model.projector = vit.nn.Linear(32, 5)
+    _, pixels, z = model(images, masked)
     tokens = model.encoder(images)
     torch.testing.assert_close(pixels[1, 0], model.reconstruction_head(tokens[1, 1 + 15]))
-    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(z, model.projector(tokens[:, 0]))
+    torch.testing.assert_close(model(images), z)
 
 
 def test_a_stem_shows_each_token_its_own_patch_only():
