@@ -600,11 +600,11 @@ def movie(args: argparse.Namespace) -> None:
 
     names, side = data.class_names(args.data), int(maps[0].shape[1] ** 0.5)
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    frames = []
+    pictures, footer, frames = pixels(validation[0][shown].cpu()), data.describe(args.data)["provenance"], []
     for f, (what, _) in enumerate(scenes):
         page = Page(900, 350, what, "Validation images; below each, the cosine of CLS with every patch (yellow: high), and the class of most of its 20 nearest\n"
-                    f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is right for {len(validation[1]):,} images.", data.describe(args.data)["provenance"])  # fmt: skip
-        for i, image in enumerate(pixels(validation[0][shown].cpu())):
+                    f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is right for {len(validation[1]):,} images.", footer)  # fmt: skip
+        for i, image in enumerate(pictures):
             x = 24 + 86 * i
             page.paste(image, x, page.top + 6, 80)
             page.paste(colour(((maps[f][i] - low) / (high - low)).reshape(side, side)), x, page.top + 92, 80)
@@ -612,7 +612,8 @@ def movie(args: argparse.Namespace) -> None:
             page.text(x + 40, page.top + 178, names[k], 13, LINES[2] if k == validation[1][shown[i]] else LINES[4], "ma")
         line = [(90 + 700 * i / (len(scenes) - 1), page.top + 300 - 80 * (v - min(right)) / (max(right) - min(right) + 1e-9)) for i, v in enumerate(right)]
         page.draw.line(line, fill=(215, 215, 220), width=2)
-        page.draw.line(line[: f + 1], fill=LINES[0], width=3) if f else None
+        if f:
+            page.draw.line(line[: f + 1], fill=LINES[0], width=3)
         page.draw.ellipse([line[f][0] - 4, line[f][1] - 4, line[f][0] + 4, line[f][1] + 4], fill=LINES[0])
         page.text(line[f][0] + 8, line[f][1] + 12, f"{100 * right[f]:.1f} %", 14)
         frames.append(page.image)
@@ -679,6 +680,13 @@ TABLE = {
 }
 
 
+def shown(name: str, value: float, deviation: float | None = None) -> str:
+    """A row's number as tables have it: accuracies in percent, CKA and entropies as they are; where given, with its ±."""
+    scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
+    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
+    return f"{scale * value:.{digits}f}{spread}{unit}"
+
+
 def report(args: argparse.Namespace) -> None:
     """Write out/report.md from out/results.json, and print its table."""
     results, out = vit.read_results(args.out), pathlib.Path(args.out)
@@ -696,10 +704,9 @@ def report(args: argparse.Namespace) -> None:
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
-        """One entry of the table: accuracies in percent, CKA and entropies as they are."""
+        """One entry of the table, empty where there is none."""
         value = rows.get(name, {}).get(key)
-        percent = name and not name.startswith(("cka", "maps"))
-        return "" if value is None else f"{100 * value:.2f} %" if percent else f"{value:.4f}"
+        return "" if value is None else shown(name, value)
 
     table = [["", "report", "ours", "control", "epochs", "time", "command"]]
     for name, (what, control) in TABLE.items():
@@ -764,9 +771,7 @@ def entry(runs: dict[str, dict], what: str) -> str:
     mean = statistics.mean(found)
     if key == "seconds":
         return f"{mean / 60:.1f} min"
-    scale, digits, unit = (1, 4, "") if row.startswith(("cka", "maps")) else (100, 2, " %")
-    spread = f" ± {scale * statistics.stdev(found):.{digits}f}" if len(set(found)) > 1 else ""
-    return f"{scale * mean:.{digits}f}{spread}{unit}"
+    return shown(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
 
 
 def filled(page: str, runs: dict[str, dict]) -> str:

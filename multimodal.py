@@ -557,9 +557,9 @@ def tiny(args) -> None:
                 loss.backward()
                 right = (logits[:, :-1].argmax(dim=2) == target).float()
                 run.step(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the, class word
+        if vit.RANK:
+            continue
         try:
-            if vit.RANK:
-                continue
             model.save_pretrained(out / f"tiny_blip_{fold}")
             processor.save_pretrained(out / f"tiny_blip_{fold}")
         except Exception as error:  # a full disk; the library raises several kinds

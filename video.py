@@ -226,6 +226,8 @@ def train(args: argparse.Namespace) -> None:
     """Train on pseudo-videos, everything from the image encoder to the head; judge on static videos; writes out/NAME.pt."""
     name = args.name or f"video_{args.model}_{args.blocks}"
     args.batch = args.clips * args.frames
+    if args.clips % vit.PROCESSES:
+        sys.exit(f"{name}: --clips {args.clips} can't be shared out evenly among {vit.PROCESSES} processes; choose another --clips")
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation = data.load(args.data, "validation", machine.device, args.limit)

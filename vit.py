@@ -512,9 +512,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, name: str, model: nn.Module, machine: Machine, steps_per_epoch: int):
         if steps_per_epoch < 1:
             sys.exit(f"{name}: fewer images than one batch of {args.batch}; choose a smaller --batch")
-        parts, option = (args.clips, "clips") if hasattr(args, "clips") else (args.batch, "batch")
-        if parts % PROCESSES:
-            sys.exit(f"{name}: --{option} {parts} can't be shared out evenly among {PROCESSES} processes; choose another --{option}")
+        if args.batch % PROCESSES:
+            sys.exit(f"{name}: --batch {args.batch} can't be shared out evenly among {PROCESSES} processes; choose another --batch")
         self.path = pathlib.Path(args.out) / f"{name}.pt"
         self.name, self.model, self.machine, self.steps_per_epoch = name, model, machine, steps_per_epoch
         self.total, self.batch, self.lr, self.warmup = args.epochs, args.batch, args.lr, args.warmup
@@ -686,7 +685,6 @@ def end(why: str) -> None:
 
 def watch_for_the_end() -> None:
     """Under torchrun: be told when another process has died, which it does by SIGTERM, even while a GPU keeps us waiting."""
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that it goes to the thread that waits for it
     threading.Thread(target=lambda: end(signal.Signals(signal.sigwait([signal.SIGTERM])).name), daemon=True).start()
 
@@ -695,6 +693,8 @@ def command(parser: argparse.ArgumentParser) -> None:
     """Run the stage that the command line names; its parser has set `run` to the function."""
     if PROCESSES > 1:
         watch_for_the_end()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         args = parser.parse_args()
         if PROCESSES > 1 and not hasattr(args, "epochs"):

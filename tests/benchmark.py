@@ -204,7 +204,8 @@ def main() -> None:
         return processes_table(args.processes, args)
     if args.loop:
         machine = quiet_machine(args.device, "auto")
-        best = min(epoch_seconds(our_loop, *data.synthetic(args.images), machine) for _ in range(3))
+        images, labels = data.synthetic(args.images)
+        best = min(epoch_seconds(our_loop, images, labels, machine) for _ in range(3))
         return print(f"{args.images / best:.0f}") if vit.RANK == 0 else None
     from importlib.metadata import version
 
