@@ -671,7 +671,6 @@ TABLE = {
     "video_random": ("video, 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
     "video_balanced": ("video, and every class once a step", "video_random"),
     "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
-    "video_frame_loss": ("video, and every image classified by itself, too", "video_repeats"),
     **{name: about for who in ("tiny", "blip") for name, about in language_rows(who).items()},
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
     "cka_after": ("CKA of CLS across the last attention, after fine-tuning", "cka_before"),

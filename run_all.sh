@@ -119,9 +119,14 @@ fi
 
 # ---------------------------------------------------------------- stage 2: pseudo-videos
 video=(--checkpoint "$out/m_joint.pt" --epochs $film "${common[@]}")
-# the report says: one clip a step, the same loss on nothing but the clip, 25 epochs; the rest (learning rate, augmentation,
-# smoothing) it leaves open, and here the start is our better Model M
+# the report says: one clip a step, no loss but the clip's; the rest (learning rate, augmentation, smoothing) it leaves
+# open, and here the start is our better Model M
 report=(--frame-loss 0 --no-repeats --no-balanced)
+as_the_report() {
+stage "the report's training: one clip a step"         python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 1 --name video_report_1
+stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_report_1.pt" "${common[@]}"
+stage "the report's training, two blocks"              python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 2 --name video_report_2
+}
 stage "factorised encoder, one temporal block"         $clips video.py "${video[@]}" --model encoder --blocks 1 --cutmix $cutmix
 stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_encoder_1.pt" "${common[@]}"
 stage "factorised encoder, two temporal blocks"        $clips video.py "${video[@]}" --model encoder --blocks 2 --cutmix $cutmix
@@ -129,14 +134,7 @@ if [ "$profile" != laptop ]; then  # in full: hours, without a GPU
 stage "factorised self-attention, one block"           $clips video.py "${video[@]}" --model divided --blocks 1 --cutmix $cutmix
 stage "factorised self-attention, two blocks"          $clips video.py "${video[@]}" --model divided --blocks 2 --cutmix $cutmix
 stage "control: without temporal positions"            $clips video.py "${video[@]}" --no-positions --name video_unordered --cutmix $cutmix
-stage "the report's training: one clip a step"         python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 1 --name video_report_1
-stage "its image encoder, probed"                      python ssl.py probe --checkpoint "$out/video_report_1.pt" "${common[@]}"
-stage "the report's training, two blocks"              python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks 2 --name video_report_2
-# from there to our training, step by step (CutMix, in full, then makes it video_encoder_1)
-stage "ten clips a step"                               $clips video.py "${video[@]}" "${report[@]}" --name video_random
-stage "with every class in each step"                  $clips video.py "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced
-stage "of 1 to 16 different images"                    $clips video.py "${video[@]}" --frame-loss 0 --name video_repeats
-stage "and every image classified by itself, too"      $clips video.py "${video[@]}" --name video_frame_loss
+as_the_report
 fi
 
 # ---------------------------------------------------------------- stage 3: language
@@ -195,10 +193,11 @@ stage "from scratch, a convolution inside each patch"  "${learn[@]}" --epochs 8 
 stage "from scratch, width 192 instead of 128"         "${learn[@]}" --epochs 8 --dim 192 --name scratch_dim192
 stage "from scratch, 64 patches of 4x4"                "${learn[@]}" --epochs 8 --patch 4 --name scratch_patch4
 
-# one temporal block or two, on the report's clips: one a step, and no loss but the clip's
-for blocks in 1 2; do
-stage "the report's video training, blocks: $blocks"   python video.py "${video[@]}" "${report[@]}" --clips 1 --lr 1e-4 --blocks $blocks --name video_report_$blocks
-done
+# one temporal block or two, on the report's clips; and from there to our training (video_encoder_1), step by step
+as_the_report
+stage "ten clips a step"                               $clips video.py "${video[@]}" "${report[@]}" --name video_random
+stage "with every class in each step"                  $clips video.py "${video[@]}" --frame-loss 0 --no-repeats --name video_balanced
+stage "of 1 to 16 different images"                    $clips video.py "${video[@]}" --frame-loss 0 --name video_repeats
 fi
 
 # ---------------------------------------------------------------- what was learned

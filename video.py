@@ -123,20 +123,22 @@ class FactorisedAttention(nn.Module):
         self.frame_head = nn.Linear(dim, classes)
 
     def forward(self, images: torch.Tensor, shown: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As FactorisedEncoder.forward; but as frames mix inside the encoder, every frame is computed, a repeated one too,
-        and the second result is of frames that have seen the others: [C, F, K]."""
-        x = images if shown is None else data.take(images, shown)  # [C, F, 3, S, S]
-        C, frames = x.shape[:2]
-        x = self.encoder.embed(x.flatten(0, 1))  # [C*F, T, D]
+        """As FactorisedEncoder.forward. From the first block with temporal attention on, every frame is computed, a repeated
+        one too; beside that, every image by itself, as the image encoder alone sees it."""
+        C, n = images.shape[:2]
         spatial = len(self.encoder.blocks) - len(self.temporal)
+        alone = self.encoder.embed(images.flatten(0, 1))  # [C*n, T, D]
         for block in self.encoder.blocks[:spatial]:
-            x = block(x)
+            alone = block(alone)
+        x = alone if shown is None else data.take(alone.unflatten(0, (C, n)), shown).flatten(0, 1)  # [C*F, T, D]
+        frames = len(x) // C
         for block, temporal in zip(self.encoder.blocks[spatial:], self.temporal):
             x = x + block.attn(block.norm1(x))[0]
             x = x + temporal(x, frames)
             x = x + block.mlp(block.norm2(x))
-        each = self.encoder.norm(x)[:, 0].view(C, frames, -1)  # CLS: [C, F, D]
-        return self.head(each.mean(dim=1)), self.frame_head(each)
+            alone = block(alone)
+        x, alone = (self.encoder.norm(y)[:, 0].unflatten(0, (C, -1)) for y in (x, alone))  # CLS: [C, F, D], [C, n, D]
+        return self.head(x.mean(dim=1)), self.frame_head(alone)
 
 
 MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
@@ -179,7 +181,7 @@ def random_repeats(clips: int, frames: int, device: torch.device, generator: tor
 def clip_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args, machine, generator=None) -> dict[str, torch.Tensor]:
     """Loss and metrics of one step on C clips: uint8 images [C, F, 3, S, S], labels [C].
 
-        loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself (divided: of every frame)
+        loss = cross-entropy of the clip + frame_loss * cross-entropy of every image by itself
 
     Augmentation and loss are in float32, only the network in autocast.
     """
@@ -302,7 +304,7 @@ def main() -> None:
     p.add_argument("--clips", type=vit.positive, default=10, help="clips per step (default: %(default)s; the report: 1)")
     p.add_argument("--balanced", action=yes_no, default=True, help="let the classes take turns, so that 10 clips have all 10 (default: yes)")
     p.add_argument("--repeats", action=yes_no, default=True, help="clips of 1 to --frames different images, at random, instead of always --frames (default: yes)")
-    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image (divided: frame) by itself as well (default: %(default)s)")
+    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image by itself as well (default: %(default)s)")
     p.add_argument("--cutmix", type=float, default=0.0, help="share of steps whose clips are mixed by CutMix (default: none)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)
