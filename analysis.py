@@ -439,7 +439,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_video(args: argparse.Namespace, footer: str) -> Page:
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
-    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "frame_loss")  # as many as there are colours
+    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "repeats")  # as many as there are colours
     rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
     if not rows:
         raise FileNotFoundError("no row of video.py")
