@@ -679,7 +679,7 @@ TABLE = {
 }
 
 
-def shown(name: str, value: float, deviation: float | None = None) -> str:
+def formatted(name: str, value: float, deviation: float | None = None) -> str:
     """A row's number as tables have it: accuracies in percent, CKA and entropies as they are; where given, with its ±."""
     scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
     spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
@@ -705,7 +705,7 @@ def report(args: argparse.Namespace) -> None:
     def number(name: str | None, key: str = "value") -> str:
         """One entry of the table, empty where there is none."""
         value = rows.get(name, {}).get(key)
-        return "" if value is None else shown(name, value)
+        return "" if value is None else formatted(name, value)
 
     table = [["", "report", "ours", "control", "epochs", "time", "command"]]
     for name, (what, control) in TABLE.items():
@@ -770,7 +770,7 @@ def entry(runs: dict[str, dict], what: str) -> str:
     mean = statistics.mean(found)
     if key == "seconds":
         return f"{mean / 60:.1f} min"
-    return shown(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
+    return formatted(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
 
 
 def filled(page: str, runs: dict[str, dict]) -> str:
