@@ -64,7 +64,7 @@ def focus(maps: torch.Tensor) -> dict[str, float]:
 
 def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for the figure."""
-    stored = pathlib.Path(args.out) / "maps.npz"
+    stored = vit.arrays_path(args, "maps")
     if stored.exists() and vit.measured(args, "maps_after", args.before, args.after):
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
@@ -150,7 +150,7 @@ def cka(args: argparse.Namespace) -> None:
     The report compares CLS before and after the last self-attention block, which can be read in two ways: across the
     attention's residual sum (the row's value), or across the whole block with its MLP ("whole_block").
     """
-    stored = pathlib.Path(args.out) / "cka.npz"
+    stored = vit.arrays_path(args, "cka")
     if stored.exists() and vit.measured(args, "cka_after", args.before, args.after):
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
@@ -170,9 +170,11 @@ def cka(args: argparse.Namespace) -> None:
     vit.write_npz(stored, **arrays)
     for when, reported in (("before", 0.8698), ("after", 0.7353)):
         biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
+        steps = {name: debiased.diagonal(places)[::2].tolist() for name, places in (("attentions", 1), ("blocks", 2))}
+        steps = {name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()}  # JSON has no nan
         vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=reported,
                    debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(), whole_block_debiased=debiased[-3, -1].item(),
-                   attentions=debiased.diagonal(1)[::2].tolist(), blocks=debiased.diagonal(2)[::2].tolist(), precision="float32",
+                   **steps, precision="float32",
                    weights=vit.fingerprint(args.before, args.after))  # fmt: skip
 
 
@@ -320,7 +322,7 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_maps(args: argparse.Namespace, footer: str) -> Page:
     """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
-    stored, rows = np.load(pathlib.Path(args.out) / "maps.npz"), rows_of(args)
+    stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
     names, side = data.class_names(args.data), int((stored["before"].shape[1] - 1) ** 0.5)
     sides = {when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side) for when in ("before", "after")}
     low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
@@ -347,22 +349,23 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
     """The whole token-by-token similarity matrix of three images."""
-    stored = np.load(pathlib.Path(args.out) / "maps.npz")
-    page = Page(960, 615, "Every token against every token", "Cosine between the 17 tokens, CLS first, then the patches row by row; "
+    stored = np.load(vit.arrays_path(args, "maps"))
+    page = Page(960, 615, "Every token against every token", f"Cosine between the {stored['before'].shape[1]} tokens, CLS first, then the patches row by row; "
                 "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines parallel to it join patches above each other.", footer)  # fmt: skip
     low, names = min(stored[w].min() for w in ("before", "after")), data.class_names(args.data)
+    for i, label in enumerate(stored["labels"][:3]):
+        page.text(80 + 290 * i + 127, page.top, names[label], 14, anchor="ma")
     for r, when in enumerate(("before", "after")):
         page.text(14, page.top + 130 + 270 * r, when, 14)
         for i in range(min(3, len(stored["labels"]))):
             page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255)
-            page.text(80 + 290 * i + 127, page.top, names[stored["labels"][i]], 14, anchor="ma")
     page.scale_bar(330, page.top + 565, 240, low, 1.0, "cosine")
     return page
 
 
 def draw_cka(args: argparse.Namespace, footer: str) -> Page:
     """Layer-by-layer CKA of CLS, before and after fine-tuning."""
-    stored, rows = np.load(pathlib.Path(args.out) / "cka.npz"), rows_of(args)
+    stored, rows = np.load(vit.arrays_path(args, "cka")), rows_of(args)
     depth = len(stored["before_biased"]) // 2
     labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
     texts = {w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} (debiased {rows[f'cka_{w}']['debiased']:.4f}), "
@@ -389,9 +392,10 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     for name, history in histories.items():
         for metric, line in history.items():
             panels.setdefault(metric, {})[name] = line
-    page = Page(1080, 10 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
+    page = Page(1080, 30 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
                 "the other view of their image; angle: right\nrotation; mse: squared error of the masked patches, in standardised pixels; "
-                "train, validation: right class (validation: held-out images).", footer)  # fmt: skip
+                "train, validation: right class (validation: held-out images). m: Model M from scratch; m_infonce: continued from InfoNCE;\n"
+                "m_joint: that, with InfoNCE beside it.", footer)  # fmt: skip
     for k, (metric, lines) in enumerate(panels.items()):
         box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
         page.chart(box, lines, metric, percent=metric not in ("loss", "mse"))
@@ -400,7 +404,7 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_classes(args: argparse.Namespace, footer: str) -> Page:
     """Confusion matrix and accuracy per class of the fine-tuned model."""
-    stored = np.load(pathlib.Path(args.out) / "finetune.npz")
+    stored = np.load(vit.arrays_path(args, "finetune"))
     names, K = data.class_names(args.data), 10
     confusion = np.zeros((K, K))
     np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
@@ -418,7 +422,7 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_clips(args: argparse.Namespace, footer: str) -> Page:
     """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself, what the clip says."""
-    stored, names = np.load(pathlib.Path(args.out) / "video_encoder_1.npz"), data.class_names(args.data)
+    stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.class_names(args.data)
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
     page = Page(220 + cell * F, 40 + 84 * len(weights), f"Pseudo-videos: {F} images of one class, and where the temporal CLS token looks",
@@ -444,10 +448,11 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
     if not rows:
         raise FileNotFoundError("no row of video.py")
     places = max((row["different"] for row in rows.values()), key=len)
-    page = Page(1180, 410, "Pseudo-videos: what more images bring, and one block against two",
+    page = Page(1180, 430, "Pseudo-videos: what more images bring, and one block against two",
                 "Left: accuracy over the number of different images of one class that fill the frames. 1: a static video, the test that "
                 "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos of the validation split "
-                "and on the training clips (augmented, as trained).", footer)  # fmt: skip
+                "and on the training clips (augmented, as trained).\nencoder: factorised encoder; divided: factorised self-attention; report: trained as in the report; "
+                "1, 2: temporal blocks.", footer)  # fmt: skip
     ticks = {k + 1: n for k, n in enumerate(places)}
     page.chart((70, page.top + 44, 330, 260), {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
                "accuracy by different images", True, ticks, "different images in the clip")  # fmt: skip
@@ -464,8 +469,8 @@ def captioner_of(args: argparse.Namespace) -> str:
 
 def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     """Images with their captions, and what the fusion model and the control without text answer."""
-    who, names, out = captioner_of(args), data.class_names(args.data), pathlib.Path(args.out)
-    both, alone = (np.load(out / f"{vit.row_name(args, name)}.npz") for name in (f"fusion_{who}", f"fusion_{who}_image_only"))
+    who, names = captioner_of(args), data.class_names(args.data)
+    both, alone = (np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only"))
     truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
     page = Page(1100, 645, f"Captions by the {MADE_BY[who]}, and what they change",
                 f"Beside each image its caption, under it the true class, then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
@@ -484,7 +489,7 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
 def draw_words(args: argparse.Namespace, footer: str) -> Page:
     """How the image's query shares its attention among the words of the caption."""
     who, names = captioner_of(args), data.class_names(args.data)
-    stored = np.load(pathlib.Path(args.out) / f"{vit.row_name(args, f'fusion_{who}_tokens')}.npz")
+    stored = np.load(vit.arrays_path(args, f"fusion_{who}_tokens"))
     weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
     widths = {i: [max(52, 9 * len(word) + 14) for word in stored["words"][i].split(" ")] for i in rows}
     page = Page(max(1000, 220 + max(map(sum, widths.values()))), 30 + 62 * len(rows), f"Which words does the image ask? Captions by the {MADE_BY[who]}",

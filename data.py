@@ -128,7 +128,8 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
         try:
             raw = np.fromfile(folder / name, dtype=np.uint8)
         except OSError:
-            sys.exit(f"{folder} has no {name}; `python data.py --data {folder.parent}` fetches CIFAR-10, or point --data at its folder")
+            first = f"delete {folder}, then " if folder.exists() else ""
+            sys.exit(f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10, or point --data at its folder")
         if len(raw) != 10_000 * RECORD:
             sys.exit(f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again")
         if raw[::RECORD].max() > 9:
@@ -272,7 +273,7 @@ def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None
 
     images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a pixel, so
     they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation scales them.
-    80 % of the images are distorted, 20 % made grey.
+    80 % of the images are distorted, 20 % made grey. A `strength` of 1 is the paper's 0.5, its choice for CIFAR-10.
     """
     change = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2
@@ -281,9 +282,9 @@ def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None
     saturation = torch.where(grey, 0.0, saturation)
     hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
     zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
-    turn = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
+    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
     to_yiq, from_yiq = yiq(images.device)
-    matrix = from_yiq @ (turn * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
+    matrix = from_yiq @ (rotation * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
     images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)
@@ -299,7 +300,8 @@ def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generato
     """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
 
     images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that stayed.
-    The rectangle is the same for the whole batch, its area uniform in [0, 1]; with 1 - `probability` it is empty.
+    The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's border cuts it off (as in
+    the paper); with 1 - `probability` it is empty.
     """
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
@@ -440,12 +442,12 @@ def main() -> None:
         Image.fromarray(sheet.numpy()).resize((960, 960), Image.NEAREST).save(args.sheet)
         return print(f"drew {args.sheet}; a row per class: {', '.join(SHAPES)}")
     folder = find(args.data)
-    if not folder.exists():
+    if args.data != "synthetic" and not folder.exists():
         fetch(folder.parent)
     for split in ("train", "validation", "test"):
         images, labels = load(args.data, split)
         print(f"{split}: {len(images):,} images, {labels.bincount().min()} to {labels.bincount().max()} per class")
-    print(f"{folder}: {describe(args.data)['provenance']}")
+    print(f"{args.data}: {describe(args.data)['provenance']}")
 
 
 if __name__ == "__main__":

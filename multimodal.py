@@ -655,7 +655,7 @@ def fuse(args) -> None:
             run.step(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())
         run.note(validation=vit.accuracy(predict(model, validation, of_validation, machine), truth))
 
-    kept = run.path.with_name(vit.row_name(args, name) + ".npz")
+    kept = vit.arrays_path(args, name)
     if kept.exists() and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
@@ -713,8 +713,8 @@ def main() -> None:
     p.add_argument("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
     p.add_argument("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word (default: %(default)s)")
     p.add_argument("--control", choices=["image_only", "text_only", "shuffled"], help="leave out the text or the image, or mix up the captions")
-    p.add_argument("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
-    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    p.add_argument("--cutmix", type=vit.between(0, 1), default=0.0, help="share of batches mixed by CutMix (default: none)")
+    p.add_argument("--smoothing", type=vit.between(0, 1), default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
     vit.command(parser)
 

@@ -48,8 +48,12 @@ if { [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python3 -c 'import google.col
   :  # an active environment, or Colab, that has everything
 else
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed, as python3; this one is $(python3 --version 2>&1)"
-  [ -x .venv/bin/python ] || { echo "== set-up: making .venv"; python3 -m venv .venv || fail "python3 -m venv does not work here; install Python 3.10 or newer (Debian: apt install python3-venv)"; }
-  satisfied .venv/bin/python || { echo "== set-up: installing requirements.txt into .venv (once; several GB)"; .venv/bin/python -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"; }
+  if ! satisfied .venv/bin/python; then
+    # a .venv without pip is half made: Debian's Python leaves one where python3-venv is missing
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || { echo "== set-up: making .venv"; python3 -m venv .venv || fail "python3 -m venv does not work here; install Python 3.10 or newer (Debian: apt install python3-venv)"; }
+    echo "== set-up: installing requirements.txt into .venv (once; several GB)"
+    .venv/bin/python -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"
+  fi
   export PATH="$PWD/.venv/bin:$PATH"
 fi
 

@@ -244,20 +244,20 @@ def train(args: argparse.Namespace) -> None:
     model.frame_head.requires_grad_(args.frame_loss > 0)
     parallel = machine.parallel(model)
 
-    classes = labels.tolist()
-    steps = len(clip_steps(sampler, classes, args.clips, args.balanced))
+    label_of = labels.tolist()
+    steps = len(clip_steps(sampler, label_of, args.clips, args.balanced))
     if not steps:
         sys.exit(f"{name}: fewer clips than one step of {args.clips}; choose fewer --clips or a larger --limit")
     run = vit.Run(args, name, model, machine, steps)
     for epoch in run.epochs():
         sampler.set_epoch(epoch)
-        for index in run.steps(clip_steps(sampler, classes, args.clips, args.balanced).to(machine.device)):  # [C, F]
+        for index in run.steps(clip_steps(sampler, label_of, args.clips, args.balanced).to(machine.device)):  # [C, F]
             metrics = clip_step(parallel, images[index], labels[index[:, 0]], args, machine, run.generator)
             metrics["loss"].backward()
             run.step(**metrics)
         run.note(validation=same_class_accuracy(model, *validation, 1, args, machine))
 
-    kept = run.path.with_suffix(".npz")
+    kept = vit.arrays_path(args, name)
     if (kept.exists() or args.model == "divided") and vit.measured(args, name, run.path):
         return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
@@ -304,9 +304,9 @@ def main() -> None:
     p.add_argument("--clips", type=vit.positive, default=10, help="clips per step (default: %(default)s; the report: 1)")
     p.add_argument("--balanced", action=yes_no, default=True, help="let the classes take turns, so that 10 clips have all 10 (default: yes)")
     p.add_argument("--repeats", action=yes_no, default=True, help="clips of 1 to --frames different images, at random, instead of always --frames (default: yes)")
-    p.add_argument("--frame-loss", type=float, default=16.0, help="weight of classifying every image by itself as well (default: %(default)s)")
-    p.add_argument("--cutmix", type=float, default=0.0, help="share of steps whose clips are mixed by CutMix (default: none)")
-    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    p.add_argument("--frame-loss", type=vit.between(0), default=16.0, help="weight of classifying every image by itself as well (default: %(default)s)")
+    p.add_argument("--cutmix", type=vit.between(0, 1), default=0.0, help="share of steps whose clips are mixed by CutMix (default: none)")
+    p.add_argument("--smoothing", type=vit.between(0, 1), default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)
     vit.command(p)
 

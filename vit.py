@@ -166,7 +166,7 @@ def standardise(images: torch.Tensor) -> torch.Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Small weights and no bias in every linear layer, ViT's usual start (for use with nn.Module.apply)."""
+    """Small weights and zero biases in linear layers, ViT's usual start (for use with nn.Module.apply)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -406,8 +406,6 @@ def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, *
 
     results, out = read_results(args.out), pathlib.Path(args.out)
     packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
-    if results.get("dataset", about["dataset"]) != about["dataset"]:
-        sys.exit(f"{out} holds results on {results['dataset']}; choose another --out for {about['dataset']}")
     measured_by = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
     results |= about | measured_by | {"versions": {"python": platform.python_version()}}
     for package in packages:
@@ -428,6 +426,11 @@ def memory_gb() -> float:
 def row_name(args: argparse.Namespace, name: str) -> str:
     """A row's name in results.json."""
     return name if args.split == "test" else f"{name}_{args.split}"
+
+
+def arrays_path(args: argparse.Namespace, name: str) -> pathlib.Path:
+    """Where the arrays lie that a row's stage keeps for the figures; like rows, those of validation and test apart."""
+    return pathlib.Path(args.out) / f"{row_name(args, name)}.npz"
 
 
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
@@ -481,6 +484,8 @@ def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
     """The encoder in `checkpoint`; without one, a new random encoder of --dim and --patch."""
     if checkpoint:
         encoder = load_encoder(checkpoint)
+        if args.stem and not encoder.config["stem"]:
+            sys.exit(f"the encoder in {checkpoint} has no --stem; leave the option out, or choose another checkpoint")
         for option, asked, found in (("dim", args.dim, encoder.config["dim"]), ("patch", args.patch, encoder.config["patch_size"])):
             if asked not in (None, found):
                 sys.exit(f"the encoder in {checkpoint} has --{option} {found}, not {asked}; leave the option out, or choose another checkpoint")
@@ -524,7 +529,8 @@ class Run:
         other = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(("cls", "positions"))]
         groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
-        # what the command line asked for, less what does not change the weights; a start file counts by its contents
+        # what the command line asked for, less what does not change the weights (or, as precision, goes on as it began); a
+        # start file counts by its contents
         loose = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
         self.keep_epochs = args.keep_epochs
         self.settings = {k: v for k, v in vars(args).items() if k not in loose}
@@ -619,7 +625,9 @@ class Run:
                      "add --fresh to start over, or choose another --out or --name")  # fmt: skip
         self.model.load_state_dict(state["model"])
         self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
-        self.machine.precision = state["precision"]  # going on in another precision would be another run
+        if self.machine.precision != state["precision"]:  # going on in another precision would be another run
+            print(f"{self.name}: in {state['precision']}, as it began", flush=True)
+            self.machine.precision = state["precision"]
         if state["optimizer"]:  # not needed, and not kept, once a run is finished
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
@@ -642,6 +650,18 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
     return int(text)
+
+
+def between(low: float, high: float = math.inf):
+    """For argparse: a function that reads a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}{f' and at most {high:g}' if high < math.inf else ''}, not {text}")
+        return value
+
+    return number
 
 
 def common_arguments() -> argparse.ArgumentParser:
@@ -668,9 +688,9 @@ def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argpa
     p.add_argument("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
     if batch:
         p.add_argument("--batch", type=positive, default=batch, help="images per step (default: %(default)s)")
-    p.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
-    p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
-    p.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
+    p.add_argument("--lr", type=between(0), default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    p.add_argument("--weight-decay", type=between(0), default=0.05, help="on matrices only (default: %(default)s)")
+    p.add_argument("--warmup", type=between(0), default=1.0, help="epochs of linear warm-up (default: %(default)s)")
     p.add_argument("--keep-epochs", action="store_true", help="also keep the checkpoint of every epoch, as NAME-epoch1.pt, NAME-epoch2.pt, ...")
     p.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     return p
@@ -700,6 +720,9 @@ def command(parser: argparse.ArgumentParser) -> None:
         if PROCESSES > 1 and not hasattr(args, "epochs"):
             sys.exit("this is no training stage; start it with python instead of torchrun")
         lock_folder(pathlib.Path(args.out))
+        held, asked = read_results(args.out).get("dataset"), "synthetic" if getattr(args, "data", "") == "synthetic" else "cifar10"
+        if held not in (None, asked):
+            sys.exit(f"{args.out} holds results on {held} images, and --data names those of {asked}; choose another --out or --data")
         args.run(args)
     except SystemExit as error:
         if RANK and error.code:
@@ -707,7 +730,7 @@ def command(parser: argparse.ArgumentParser) -> None:
             sys.exit(1)
         raise
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch)", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch), if typed without --fresh", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
         if PROCESSES > 1 and any(name in str(error).lower() for name in ("gloo", "nccl", "connection")):

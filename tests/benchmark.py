@@ -78,6 +78,8 @@ def matmul_flops(machine: vit.Machine, seconds: float) -> float:
 
 def step_table(device: str, seconds: float) -> None:
     """Images per second of each network, in each precision; three rounds, in turns, of which the median counts."""
+    print(f"One network, as each library writes it (width {DIM}, depth {DEPTH}, {BATCH} images a step), training: forward, backward and AdamW's step.\n"
+          "Share: operations per second of its matmuls, against those of one large matmul.\n")  # fmt: skip
     print("| network | precision | images/s | share |\n|---|---|---:|---:|")
     for precision in ("float32", "bfloat16"):
         machine = quiet_machine(device, precision)

@@ -336,7 +336,7 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
     for change in (0, 1):
         other = torch.where(torch.arange(128) % 2 == 0, (labels + change) % 10, labels)
         monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
-        args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None,
+        args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None, stem=False,
                                   checkpoint=tmp_path / "m.pt", folds=2, enlarge=32, epochs=1, batch=32, lr=1e-3,
                                   warmup=0, weight_decay=0.0, fresh=False, keep_epochs=False)  # fmt: skip
         multimodal.tiny(args)

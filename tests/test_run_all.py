@@ -25,6 +25,23 @@ def test_help_and_mistakes(tmp_path):
     assert "needs a number" in bash("quick", "--seed", "one", code=2)
 
 
+def test_a_half_made_environment_is_made_again(tmp_path):
+    """What Debian's Python leaves where python3-venv is missing: bin/python, but no pip."""
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    bare = tmp_path / ".venv/bin/python"
+    bare.parent.mkdir(parents=True)
+    bare.write_text("#!/bin/sh\nexit 1")
+    system = tmp_path / "bin/python3"
+    system.parent.mkdir()
+    system.write_text('#!/bin/sh\ncase "$*" in *colab*) exit 1 ;; "-m venv .venv") touch asked; exit 1 ;; esac')
+    bare.chmod(0o755)
+    system.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")} | {"PATH": f"{system.parent}:/usr/bin:/bin"}
+    assert "python3 -m venv does not work here" in bash("quick", code=2, folder=tmp_path, env=env)
+    assert (tmp_path / "asked").exists()
+
+
 @pytest.mark.parametrize("construct", ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"])
 def test_nothing_that_macos_bash_3_lacks(construct):
     assert construct not in (ROOT / "run_all.sh").read_text()

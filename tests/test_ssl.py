@@ -187,10 +187,12 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
     assert results["dataset"] == "synthetic" and "SYNTHETIC" in results["provenance"] and "SYNTHETIC" in text
     for row in results["rows"].values():
         assert 0 <= row["value"] <= 1 and row["command"].startswith("python ")
+    assert results["rows"]["cka_before"]["blocks"][0] is None  # CLS enters the first block the same for every image
     report = (tmp_path / "report.md").read_text()
     assert f"{100 * results['rows']['m_probe']['value']:.2f} %" in report and "SYNTHETIC" in report
     assert "measured before" in run("ssl.py", "probe", "--checkpoint", "pixels", *out)
-    assert "finished before" in run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+    again = run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+    assert "finished before" in again and "measured before" in again
 
 
 def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_path):
@@ -208,6 +210,7 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     (["ssl.py", "finetune", "--epochs", "0"], 2, "whole number above 0"),
     (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 200, "--patch", 4, "--gap", 2], 1, "leaves nothing"),
     (["ssl.py", "finetune", "--labels", "1.5"], 2, "at most 1"),
+    (["ssl.py", "finetune", "--lr", "-1"], 2, "must be at least 0"),
     (["ssl.py", "finetune", "--labels", "0.01", "--data", "synthetic", "--limit", 100], 1, "leaves 1; at least 10"),
     (["analysis.py", "report"], 1, "no rows of the validation split yet"),
 ])  # fmt: skip
@@ -217,7 +220,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
 
 def test_results_on_validation_are_reported_too_and_never_mixed_with_another_data_set(tmp_path):
     run("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
-    assert "raw pixels" in run("analysis.py", "report", "--out", tmp_path)
+    assert "raw pixels" in run("analysis.py", "report", "--out", tmp_path, "--data", "synthetic")
     assert "validation split" in (tmp_path / "report.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))
@@ -227,6 +230,11 @@ def test_results_on_validation_are_reported_too_and_never_mixed_with_another_dat
 def test_a_width_left_to_its_default_and_the_same_width_typed_are_the_same_run(tmp_path):
     run("ssl.py", "pretrain", "--task", "m", "--out", tmp_path, *TINY, *FAST)
     assert "finished before" in run("ssl.py", "pretrain", "--task", "m", "--dim", 128, "--out", tmp_path, *TINY, *FAST)
+
+
+def test_a_checkpoint_without_a_stem_can_not_be_given_one(tmp_path):
+    run("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--out", tmp_path, *TINY, *FAST)
+    assert "has no --stem" in run("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
 
 
 def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_path):
