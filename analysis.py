@@ -393,8 +393,8 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
         for metric, line in history.items():
             panels.setdefault(metric, {})[name] = line
     page = Page(1080, 30 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
-                "the other view of their image; angle: right\nrotation; mse: squared error of the masked patches, in standardised pixels; "
-                "train, validation: right class (validation: held-out images). m: Model M from scratch; m_infonce: continued from InfoNCE;\n"
+                "the other view of their image; angle: right rotation;\nmse: squared error of the masked patches, in standardised pixels; "
+                "train, validation: right class (validation: held-out images).\nm: Model M from scratch; m_infonce: continued from InfoNCE; "
                 "m_joint: that, with InfoNCE beside it.", footer)  # fmt: skip
     for k, (metric, lines) in enumerate(panels.items()):
         box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
