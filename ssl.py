@@ -232,6 +232,7 @@ def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
+        """The loss, with its gradient: L-BFGS asks for it several times a step, wherever its line search looks."""
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
         loss.backward()
