@@ -74,7 +74,7 @@ def maps(args: argparse.Namespace) -> None:
     for when, path in (("before", args.before), ("after", args.after)):
         encoder = vit.load_encoder(path).to(machine.device).eval()
         with torch.no_grad():
-            similarity = torch.cat([token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(1000)])  # [n, T, T]
+            similarity = torch.cat([token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(machine.eval_batch)])  # [n, T, T]
         arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
     vit.write_npz(stored, **arrays)  # before the rows: a row says that everything of it is there
     for when, row in measured.items():
@@ -160,7 +160,7 @@ def cka(args: argparse.Namespace) -> None:
     arrays = {}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
-        for x in images.split(1000):
+        for x in images.split(machine.eval_batch):
             trace = []
             with torch.no_grad():
                 encoder(x.float() / 255, trace)
@@ -595,7 +595,7 @@ def movie(args: argparse.Namespace) -> None:
     for what, path in scenes:
         encoder = (vit.load_encoder(path) if path else vit.make_encoder(args, None)).to(machine.device).eval()
         with torch.no_grad(), machine.autocast():
-            keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(1000)]) for images, _ in (train, validation))
+            keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)]) for images, _ in (train, validation))
             tokens = encoder(validation[0][shown].float() / 255)
         maps.append(token_similarity(tokens.float())[:, 0, 1:].cpu().numpy())  # [K, N]
         guess = nearest_neighbours(queries, keys, train[1])
@@ -805,19 +805,21 @@ def publish(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    for function in (maps, cka, figures, movie, report):
-        p = stages.add_parser(function.__name__, parents=[vit.common_arguments()], help=function.__doc__.split("\n")[0])
-        if function in (maps, cka):
-            p.add_argument("--before", required=True, help="checkpoint before fine-tuning")
-            p.add_argument("--after", required=True, help="checkpoint after fine-tuning")
-        if function is report:
-            p.add_argument("--seconds", type=int, help="how long the whole run took, where it ran in one go")
-        p.set_defaults(run=function)
-    p = stages.add_parser("publish", help=publish.__doc__)
-    p.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="finished runs (default: runs/cifar10-full*, -laptop* and -quick*)")
-    p.set_defaults(run=publish, out="results")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[vit.common_arguments()])
+    stages = {function.__name__: function for function in (maps, cka, figures, movie, report, publish)}
+    parser.add_argument("what", nargs="+", choices=list(stages), help="one of these, or several, one after another")
+    parser.add_argument("--before", help="maps, cka: checkpoint before fine-tuning")
+    parser.add_argument("--after", help="maps, cka: checkpoint after fine-tuning")
+    parser.add_argument("--seconds", type=int, help="report: how long the whole run took, where it ran in one go")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="publish: finished runs (default: runs/cifar10-full*, -laptop* and -quick*)")
+
+    def run(args: argparse.Namespace) -> None:
+        if {"maps", "cka"} & {*args.what} and not (args.before and args.after):
+            parser.error("maps and cka need --before and --after")
+        for name in args.what:
+            stages[name](args)
+
+    parser.set_defaults(run=run)
     vit.command(parser)
 
 

@@ -403,9 +403,9 @@ def embed(args) -> None:
     used = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     if folder.is_dir():
         used = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
-    known, states, before = read_embeddings(path)
+    known, states, words, before = read_embeddings(path)
     if before != used:
-        known, states = {}, []
+        known, states, words = {}, [], []
     new = [c for c in dict.fromkeys(captions.values()) if c not in known]
     print(f"{len(captions):,} captions, {len(known) + len(new):,} distinct, {len(new):,} to embed with {name}", flush=True)
     if not new:
@@ -417,7 +417,8 @@ def embed(args) -> None:
     batches = [new[i : i + 256] for i in range(0, len(new), 256)]
     for batch in progress(batches, [len(b) for b in batches], "captions embedded"):
         states += embed_words(model, tokenizer, batch)
-    vit.write_npz(path, used=used, captions=list(known) + new, length=[len(s) for s in states], states=torch.cat(states).half())
+    vit.write_npz(path, used=used, captions=list(known) + new, words=words + spelled(new), length=[len(s) for s in states],
+                  states=torch.cat(states).half())  # fmt: skip
     print(f"wrote {path}")
 
 
@@ -435,15 +436,19 @@ def embeddings_path(args) -> pathlib.Path:
     return (pathlib.Path(args.out) / pathlib.Path(args.captions).name).with_suffix(".npz")
 
 
-def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tensor], str]:
-    """Caption -> its place in a list of [L, E] float16 tensors; that list; and which CLIP made it. Empty where there is no file."""
+def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tensor], list[str], str]:
+    """Caption -> its place in the two lists that follow: [L, E] float16 tensors, and the L words as CLIP reads them, joined
+    by spaces; last, which CLIP made them. Empty where there is no file."""
     import numpy
 
     if not path.exists():
-        return {}, [], ""
+        return {}, [], [], ""
     stored = numpy.load(path)
+    if "words" not in stored:  # written by an earlier version
+        return {}, [], [], ""
     states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
-    return {c: i for i, c in enumerate(stored["captions"].tolist())}, list(states), stored["used"].item()
+    place = {caption: i for i, caption in enumerate(stored["captions"].tolist())}
+    return place, list(states), stored["words"].tolist(), stored["used"].item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -520,8 +525,6 @@ SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "patch_size": 8,
 
 def tiny(args) -> None:
     """Train the small BLIP, one per fold, and the small CLIP; write them as folders that load_blip and load_clip read."""
-    import open_clip
-
     quiet()
     machine, out, classes = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out), data.class_names(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
@@ -565,6 +568,8 @@ def tiny(args) -> None:
         except Exception as error:  # a full disk; the library raises several kinds
             sys.exit(f"can't write {out / f'tiny_blip_{fold}'} ({first_line(error)}); free some space, then type the same command")
 
+    import open_clip  # only here: it takes seconds
+
     model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
     parallel = machine.parallel(model)
     tokens = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])(truth).to(machine.device)  # [n, 16]
@@ -593,23 +598,22 @@ class Text:
 
     def __init__(self, args, captions: dict[tuple[str, int], str], device: torch.device):
         self.captions = captions
-        self.place, states, self.clip = read_embeddings(embeddings_path(args))
+        self.place, states, self.words, self.clip = read_embeddings(embeddings_path(args))
         if not states or set(captions.values()) - self.place.keys():
             sys.exit(f"not all of these captions are embedded; `python multimodal.py embed --captions {args.captions} --out {args.out}` does it")
         if args.text == "pooled":
             states = [s[-1:] for s in states]  # the end-of-text token's alone, CLIP's vector for the whole caption: L = 1
         self.states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)
         self.is_word = (torch.arange(self.states.shape[1]) < torch.tensor([len(s) for s in states])[:, None]).to(device)
-        self.control = args.control
 
-    def of(self, split: str, number: int):
+    def of(self, split: str, number: int, control: str | None):
         """The captions that the first `number` images of a split get, and a function from indices [B] of these images to what
         Fusion.forward takes: embeddings [B, L, E] and which are words [B, L]; for the control image_only twice None."""
         captions = captions_of(self.captions, split, number)
-        if self.control == "shuffled":
+        if control == "shuffled":
             captions = captions[1:] + captions[:1]  # every image gets its neighbour's; neighbours have nothing in common
         at = torch.tensor([self.place[c] for c in captions], device=self.states.device)  # [n]
-        if self.control == "image_only":
+        if control == "image_only":
             return captions, lambda index: (None, None)
         return captions, lambda index: (self.states[at[index]].float(), self.is_word[at[index]])
 
@@ -618,26 +622,37 @@ def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> 
     """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S] with their captions (text: the function from Text.of)."""
     model.eval()
     with torch.no_grad(), machine.autocast():
-        return machine.shared_out(len(images), 1024, lambda index: model(images[index].float() / 255, *text(index)).float())
+        return machine.shared_out(len(images), machine.eval_batch, lambda index: model(images[index].float() / 255, *text(index)).float())
 
 
 def fuse(args) -> None:
-    """Fine-tune the video model with the cross-attention block, or train a control; judge on static videos with captions."""
+    """Fine-tune the video model with the cross-attention block, and train its controls; judge on static videos with captions."""
     header, captions, _ = read_captions(args.captions)
     about = data.describe(args.data)
     if header["dataset"] != about["dataset"]:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about['dataset']}")
+    if args.name and len(args.control) > 1:
+        sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
     args.checkpoint = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
-    start = video.load_video(args.checkpoint)
-    args.blocks = len(start.blocks)
-    variant = (args.blocks == 1 and "1", header.get("seen") and "seen", args.text == "tokens" and "tokens", args.control)
-    name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
+    args.blocks = len(video.load_video(args.checkpoint).blocks)
     machine = vit.Machine(args.device, args.precision, args.seed)
-    images, labels = data.load(args.data, "train", machine.device, args.limit)
-    validation, truth = data.load(args.data, "validation", machine.device, args.limit)
+    splits = {split: data.load(args.data, split, machine.device, args.limit) for split in ("train", "validation", args.split)}
     text = Text(args, captions, machine.device)
     args.clip = text.clip  # goes into the checkpoint: other embeddings are another run
-    (_, of_train), (_, of_validation) = text.of("train", len(images)), text.of("validation", len(validation))
+    for control in args.control:
+        start = video.load_video(args.checkpoint)
+        torch.manual_seed(args.seed)  # so that a row does not depend on those before it
+        own = argparse.Namespace(**vars(args) | {"control": None if control == "none" else control})
+        fuse_one(own, start, header, about, splits, text, machine)
+
+
+def fuse_one(args, start: video.FactorisedEncoder, header: dict, about: dict, splits: dict, text: Text, machine: vit.Machine) -> None:
+    """One row of `fuse`, from the video model `start`. `splits`: images and labels by split."""
+    variant = (args.blocks == 1 and "1", header.get("seen") and "seen", args.text == "tokens" and "tokens", args.control)
+    name = args.name or "_".join(["fusion", header["captioner"], *filter(None, variant)])
+    (images, labels), (validation, truth) = splits["train"], splits["validation"]
+    _, of_train = text.of("train", len(images), args.control)
+    _, of_validation = text.of("validation", len(validation), args.control)
     model = Fusion(start, text.states.shape[2], image=args.control != "text_only").to(machine.device)
     parallel = machine.parallel(model, some_idle=True)
     cutmix = 0.0 if args.control == "text_only" else args.cutmix  # without the image nothing could tell what was mixed in
@@ -658,8 +673,8 @@ def fuse(args) -> None:
     kept = vit.arrays_path(args, name)
     if kept.exists() and vit.measured(args, name, run.path):
         return
-    images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    read, of_images = text.of(args.split, len(images))  # the captions that the model reads: with shuffled, not the images' own
+    images, labels = splits[args.split]
+    read, of_images = text.of(args.split, len(images), args.control)  # the captions that the model reads: with shuffled, not the images' own
     logits = predict(model, images, of_images, machine)
     shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # for the figures: the first two images of each class
     arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown],
@@ -669,7 +684,7 @@ def fuse(args) -> None:
         with torch.no_grad():
             model(images[shown].float() / 255, *of_images(shown), trace)
         weights = trace[0].mean(dim=1)[:, 0]  # [B, H, 1, L] -> [B, L], the mean of the heads
-        arrays |= {"weights": weights, "words": spelled(arrays["captions"])}
+        arrays |= {"weights": weights, "words": [text.words[text.place[caption]] for caption in arrays["captions"]]}
     vit.write_npz(kept, **arrays)
     vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), captioner=header["captioner"], model=header["model"],
                clip=text.clip, report=REPORT if name in ("fusion_blip", "fusion_tiny") else None, train=run.history["train"][-1],
@@ -712,7 +727,8 @@ def main() -> None:
     p.add_argument("--blocks", type=vit.positive, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
     p.add_argument("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
     p.add_argument("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word (default: %(default)s)")
-    p.add_argument("--control", choices=["image_only", "text_only", "shuffled"], help="leave out the text or the image, or mix up the captions")
+    p.add_argument("--control", choices=["none", "image_only", "text_only", "shuffled"], nargs="+", default=["none"],
+                   help="leave out the text or the image, or mix up the captions; several are trained one after another (default: none)")  # fmt: skip
     p.add_argument("--cutmix", type=vit.between(0, 1), default=0.0, help="share of batches mixed by CutMix (default: none)")
     p.add_argument("--smoothing", type=vit.between(0, 1), default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)

@@ -201,7 +201,7 @@ def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> tor
     """Class logits [n, K], float32, of uint8 images [n, 3, S, S]."""
     model.eval()
     with torch.no_grad(), machine.autocast():
-        return machine.shared_out(len(images), 1000, lambda index: model(images[index].float() / 255).float())
+        return machine.shared_out(len(images), machine.eval_batch, lambda index: model(images[index].float() / 255).float())
 
 
 def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:
@@ -213,7 +213,7 @@ def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine
         return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
     encoder.eval()
     cls, mean = [], []
-    for x in images.split(1000):
+    for x in images.split(machine.eval_batch):
         with torch.no_grad(), machine.autocast():
             tokens = encoder(x.float() / 255).float()  # [b, 1 + N, D]
         cls.append(tokens[:, 0])
@@ -243,24 +243,34 @@ def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10
 
 
 def probe(args: argparse.Namespace) -> None:
-    """Fit a linear layer on frozen features: CLS, and beside it the mean patch token. Validation picks which counts.
+    """Fit a linear layer on the frozen features of each checkpoint: a row apiece.
 
     Controls instead of a checkpoint: "untrained" (a random encoder) and "pixels" (no encoder at all).
     """
-    name = args.name or f"{pathlib.Path(args.checkpoint).stem}_probe"
-    if vit.measured(args, name, args.checkpoint):
+    if args.name and len(args.checkpoint) > 1:
+        raise SystemExit("--name is for one checkpoint; leave it out, and each row is called after its checkpoint")
+    names = {checkpoint: args.name or f"{pathlib.Path(checkpoint).stem}_probe" for checkpoint in args.checkpoint}
+    left = [checkpoint for checkpoint in names if not vit.measured(args, names[checkpoint], checkpoint)]
+    if not left:
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
-    start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0, "history": {}}
-    if args.checkpoint != "pixels":
-        checkpoint = None if args.checkpoint == "untrained" else args.checkpoint
-        encoder = vit.make_encoder(args, checkpoint).to(machine.device)
-        trained = vit.read_checkpoint(checkpoint) if checkpoint else trained
+    splits = {"train": labelled(args, machine.device)}
+    for split in ("validation", args.split):
+        splits[split] = data.load(args.data, split, machine.device, args.limit)
+    for checkpoint in left:
+        torch.manual_seed(args.seed)  # so that a row does not depend on those before it
+        probe_one(args, names[checkpoint], checkpoint, splits, machine)
 
-    labels, read = {}, {}
-    for split in {"train", "validation", args.split}:
-        images, labels[split] = labelled(args, machine.device) if split == "train" else data.load(args.data, split, machine.device, args.limit)
-        read[split] = features(encoder, images, machine)
+
+def probe_one(args: argparse.Namespace, name: str, checkpoint: str, splits: dict, machine: vit.Machine) -> None:
+    """Probe CLS, and beside it the mean patch token; validation picks which counts. `splits`: its images and labels by split."""
+    start, encoder, trained = time.perf_counter(), None, {"epoch": 0, "seconds": 0.0, "history": {}}
+    if checkpoint != "pixels":
+        own = argparse.Namespace(**vars(args))  # make_encoder writes the encoder's sizes into it; the next one may have others
+        encoder = vit.make_encoder(own, None if checkpoint == "untrained" else checkpoint).to(machine.device)
+        trained = trained if checkpoint == "untrained" else vit.read_checkpoint(checkpoint)
+    read = {split: features(encoder, images, machine) for split, (images, _) in splits.items()}
+    labels = {split: labels for split, (_, labels) in splits.items()}
     scores = {}  # feature -> (validation accuracy, final accuracy)
     for feature, x in read["train"].items():
         mean, spread = x.mean(dim=0), x.std(dim=0) + 1e-6  # [D]
@@ -277,7 +287,7 @@ def probe(args: argparse.Namespace) -> None:
                validation=scores[best][0], **{f: s[1] for f, s in scores.items()}, report=REPORT.get(name),
                epochs=trained["epoch"], seconds=trained["seconds"] + time.perf_counter() - start,
                training={metric: means[-1] for metric, means in trained["history"].items()},
-               weights=vit.fingerprint(args.checkpoint))  # fmt: skip
+               weights=vit.fingerprint(checkpoint))  # fmt: skip
 
 
 def main() -> None:
@@ -296,7 +306,7 @@ def main() -> None:
     p.set_defaults(run=pretrain)
 
     p = stages.add_parser("probe", parents=[common], help="fit a linear layer on frozen features")
-    p.add_argument("--checkpoint", required=True, help="a checkpoint, or one of the controls: untrained, pixels")
+    p.add_argument("--checkpoint", required=True, nargs="+", help="checkpoints, or the controls: untrained, pixels")
     p.add_argument("--labels", type=vit.between(0, 1), default=1.0, help="share of the training images that have labels (default: all)")
     p.set_defaults(run=probe)
 

@@ -214,7 +214,7 @@ def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames:
     C, n = index.shape
     shown = (torch.arange(frames, device=images.device) % n).expand(C, -1)  # [c, F]
     with torch.no_grad(), machine.autocast():
-        return machine.shared_out(C, max(1, 1024 // frames), lambda c: model(images[index[c]].float() / 255, shown[c])[0].float())
+        return machine.shared_out(C, max(1, machine.eval_batch // n), lambda c: model(images[index[c]].float() / 255, shown[c])[0].float())
 
 
 def same_class_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, different: int, args, machine) -> float:
