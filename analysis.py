@@ -792,7 +792,7 @@ def publish(args: argparse.Namespace) -> None:
     for name, results in runs.items():
         if results["dataset"] != "cifar10":
             raise SystemExit(f"{name} holds results on {results['dataset']} images, which are not to be published as CIFAR-10 numbers")
-    out = pathlib.Path(args.out)
+    out = pathlib.Path("results")
     vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
     for picture in [f"{name}.png" for name in FIGURES] + ["learning.gif"]:
         if found := [f / "figures" / picture for f in folders if (f / "figures" / picture).exists()]:

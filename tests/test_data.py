@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import call
 
 import data
 import vit
@@ -256,7 +256,7 @@ def test_damaged_files_get_one_sentence(tmp_path, damage, message):
 
 
 def test_an_empty_data_folder_gets_one_sentence(tmp_path):
-    text = run("ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1)
+    text = call("ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1)
     assert "fetches CIFAR-10" in text
 
 

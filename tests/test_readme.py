@@ -6,7 +6,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 
 import analysis
 import vit
@@ -71,7 +71,7 @@ def test_every_command_that_is_shown_parses(script, stage1, monkeypatch):
 
 
 def test_the_two_commands_that_need_no_options(tmp_path):
-    assert "all, with CLS and positions" in run("vit.py", "--device", "cpu", "--precision", "float32")
+    assert "all, with CLS and positions" in call("vit.py", "--device", "cpu", "--precision", "float32")
     assert "a row per class" in run("data.py", "--sheet", tmp_path / "synthetic.png") and (tmp_path / "synthetic.png").exists()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 
 import data
 import vit
@@ -34,8 +34,7 @@ def test_a_folder_with_a_copied_ssl_py_still_has_https_and_transformers(tmp_path
     assert "refused" in text and "SSLContext" in text
 
 
-@pytest.mark.parametrize("command", [["-m", "pytest", "--version"], ["-c", "import data, vit, analysis"], ["ssl.py", "--help"],
-                                     ["ssl.py", "pretrain", "--help"], ["analysis.py", "cka", "--help"]])  # fmt: skip
+@pytest.mark.parametrize("command", [["-c", "import data, vit, analysis"], ["ssl.py", "pretrain", "--help"]])
 def test_every_way_in_works_from_the_project_folder(command):
     run(*command)
 
@@ -123,14 +122,16 @@ def test_whole_images_are_turned_by_the_angle_that_is_asked_for(stage1, monkeypa
 
 @pytest.mark.parametrize("task", ["infonce", "m", "m joint", "finetune"])
 def test_every_stage_lowers_its_loss(stage1, task):
+    """On one batch, augmented alike in every step, so that nothing but the weights changes the loss."""
     model, args = small(stage1)
     args.contrast = 0.5 * (task == "m joint")
     images, labels = data.synthetic(64)
     machine = vit.Machine("cpu", "float32")
     if task == "finetune":
         model = vit.Classifier(model.encoder)
-    optimizer, g, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     for _ in range(60):
+        g = torch.Generator().manual_seed(0)
         if task == "finetune":
             loss = stage1.finetune_step(model, images, labels, args, machine, g)["loss"]
         else:
@@ -139,7 +140,7 @@ def test_every_stage_lowers_its_loss(stage1, task):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
+    assert losses[-1] < 0.9 * losses[0]
 
 
 # -------------------------------------------------------------------------------------------------- the probe
@@ -170,18 +171,16 @@ FAST = ["--epochs", 1, "--batch", 64]
 
 def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
     out = ["--out", tmp_path, *TINY]
-    run("ssl.py", "pretrain", "--task", "infonce", "--dim", 32, *FAST, *out)
-    run("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", *FAST, *out)
-    run("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", "--contrast", 1, "--name", "m_joint", *FAST, *out)
-    for checkpoint in ("pixels", "untrained", tmp_path / "m.pt"):
-        run("ssl.py", "probe", "--checkpoint", checkpoint, *out)
-    run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+    call("ssl.py", "pretrain", "--task", "infonce", "--dim", 32, *FAST, *out)
+    call("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", *FAST, *out)
+    call("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", "--contrast", 1, "--name", "m_joint", *FAST, *out)
+    call("ssl.py", "probe", "--checkpoint", "pixels", "untrained", tmp_path / "m.pt", *out)
+    call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
     pair = ["--before", tmp_path / "m.pt", "--after", tmp_path / "finetune.pt"]
-    run("analysis.py", "maps", *pair, *out)
-    run("analysis.py", "cka", *pair, *out)
-    drawn = run("analysis.py", "figures", *out)
+    call("analysis.py", "maps", "cka", *pair, *out)
+    drawn = call("analysis.py", "figures", *out)
     assert drawn.count("drew") == 7 and drawn.count("not drawn") == 5, drawn  # those of video.py and multimodal.py
-    text = run("analysis.py", "report", *out)
+    text = call("analysis.py", "report", *out)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"pixels_probe", "untrained_probe", "m_probe", "finetune", "cka_before", "cka_after", "maps_after", "m_best_probe"} <= results["rows"].keys()
     assert results["dataset"] == "synthetic" and "SYNTHETIC" in results["provenance"] and "SYNTHETIC" in text
@@ -190,13 +189,18 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
     assert results["rows"]["cka_before"]["blocks"][0] is None  # CLS enters the first block the same for every image
     report = (tmp_path / "report.md").read_text()
     assert f"{100 * results['rows']['m_probe']['value']:.2f} %" in report and "SYNTHETIC" in report
-    assert "measured before" in run("ssl.py", "probe", "--checkpoint", "pixels", *out)
-    again = run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
+    alone = {name: results["rows"][name]["value"] for name in ("untrained_probe", "m_probe")}
+    call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", *out)  # alone, and in another place of the list: the same
+    call("ssl.py", "probe", "--checkpoint", "untrained", "pixels", *out)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert alone == {name: rows[name]["value"] for name in alone}
+    assert "measured before" in call("ssl.py", "probe", "--checkpoint", "untrained", "pixels", *out)
+    again = call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
     assert "finished before" in again and "measured before" in again
 
 
 def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_path):
-    run("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
+    call("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
     assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["pixels_probe_validation"]
 
 
@@ -215,43 +219,44 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     (["analysis.py", "report"], 1, "no rows of the validation split yet"),
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
-    assert message in run(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
+    assert message in call(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
 
 
 def test_results_on_validation_are_reported_too_and_never_mixed_with_another_data_set(tmp_path):
-    run("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
-    assert "raw pixels" in run("analysis.py", "report", "--out", tmp_path, "--data", "synthetic")
+    call("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
+    assert "raw pixels" in call("analysis.py", "report", "--out", tmp_path, "--data", "synthetic")
     assert "validation split" in (tmp_path / "report.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))
-    assert "choose another --out" in run("ssl.py", "probe", "--checkpoint", "untrained", "--out", tmp_path, *TINY[:-2], code=1)
+    assert "choose another --out" in call("ssl.py", "probe", "--checkpoint", "untrained", "--out", tmp_path, *TINY[:-2], code=1)
 
 
 def test_a_width_left_to_its_default_and_the_same_width_typed_are_the_same_run(tmp_path):
-    run("ssl.py", "pretrain", "--task", "m", "--out", tmp_path, *TINY, *FAST)
-    assert "finished before" in run("ssl.py", "pretrain", "--task", "m", "--dim", 128, "--out", tmp_path, *TINY, *FAST)
+    call("ssl.py", "pretrain", "--task", "m", "--out", tmp_path, *TINY, *FAST)
+    assert "finished before" in call("ssl.py", "pretrain", "--task", "m", "--dim", 128, "--out", tmp_path, *TINY, *FAST)
 
 
 def test_a_checkpoint_without_a_stem_can_not_be_given_one(tmp_path):
-    run("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--out", tmp_path, *TINY, *FAST)
-    assert "has no --stem" in run("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
+    call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--out", tmp_path, *TINY, *FAST)
+    assert "has no --stem" in call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
 
 
 def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_path):
     out = ["--out", tmp_path, "--dim", 32, *TINY, *FAST]
-    run("ssl.py", "pretrain", "--task", "m", *out)
-    run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out)
-    run("ssl.py", "pretrain", "--task", "m", "--fresh", "--lr", 0.01, *out)
-    assert "another checkpoint" in run("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out, code=1)
+    call("ssl.py", "pretrain", "--task", "m", *out)
+    call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out)
+    call("ssl.py", "pretrain", "--task", "m", "--fresh", "--lr", 0.01, *out)
+    assert "another checkpoint" in call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out, code=1)
 
 
 def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "can't write to the folder" in run("analysis.py", "report", "--out", tmp_path / "file" / "out", code=1)
+    assert "can't write to the folder" in call("analysis.py", "report", "--out", tmp_path / "file" / "out", code=1)
 
 
-def test_interrupting_says_how_to_go_on(tmp_path):
-    body = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import vit, argparse, pathlib\n"
-            "def stage(args): raise KeyboardInterrupt\n"
-            "p = argparse.ArgumentParser(); p.set_defaults(run=stage, out='.'); sys.argv = ['x']; vit.command(p)")  # fmt: skip
-    assert "same command goes on" in run("-c", body, cwd=tmp_path, code=130)
+def test_interrupting_says_how_to_go_on(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", stop)
+    assert "same command goes on" in call("ssl.py", "finetune", "--out", tmp_path, code=130)

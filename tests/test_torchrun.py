@@ -67,7 +67,7 @@ def folders(tmp_path_factory):
     states = torch.randn(13, 24).half()
     for folder in (one, two):
         (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        vit.write_npz(folder / "words.npz", used="a test", captions=captions[:3], length=[4, 6, 3], states=states)
+        vit.write_npz(folder / "words.npz", used="a test", captions=captions[:3], words=captions[:3], length=[4, 6, 3], states=states)
     start(1, one)
     return one, two, start(2, two)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import call
 from torch import nn
 
 import data
@@ -275,41 +275,44 @@ TINY = ["--data", "synthetic", "--limit", 400, "--device", "cpu", "--precision",
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     out = tmp_path_factory.mktemp("m")
-    run("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--epochs", 1, "--out", out, *TINY)
+    call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--epochs", 1, "--out", out, *TINY)
     return out / "m.pt"
 
 
 def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     command = ["video.py", "--checkpoint", pretrained, "--epochs", 1, "--out", tmp_path, *TINY]
     for model, blocks in (("encoder", 1), ("encoder", 2), ("divided", 1)):
-        run(*command, "--model", model, "--blocks", blocks)
-    run(*command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1")
+        call(*command, "--model", model, "--blocks", blocks)
+    call(*command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"video_encoder_1", "video_encoder_2", "video_divided_1", "video_report_1"} == rows.keys()
     for row in rows.values():
         assert row["value"] == row["different"]["1"] and list(row["different"]) == ["1", "2", "4", "8", "16"]
     assert rows["video_report_1"]["report"] == 0.4404
-    drawn = run("analysis.py", "figures", "--out", tmp_path, *TINY)
+    drawn = call("analysis.py", "figures", "--out", tmp_path, *TINY)
     assert "video.png" in drawn and "clips.png" in drawn, drawn
-    assert "factorised encoder" in run("analysis.py", "report", "--out", tmp_path, *TINY)
-    assert "finished before" in run(*command)
-    run("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
-    assert "another frames" in run(*command, "--frames", 8, code=1)
+    assert "factorised encoder" in call("analysis.py", "report", "--out", tmp_path, *TINY)
+    assert "finished before" in call(*command)
+    call("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
+    assert "another frames" in call(*command, "--frames", 8, code=1)
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
     """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by a new process."""
     command = ["video.py", "--checkpoint", pretrained, "--frames", 4, "--no-positions", "--cutmix", 1, "--epochs", 2, *TINY]
-    run(*command, "--out", tmp_path / "whole")
-    stop = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import video, vit\n"
-            "save = vit.Run._save\n"
-            "def stop(self): save(self); raise KeyboardInterrupt\n"
-            "vit.Run._save = stop; video.main()")  # fmt: skip
-    run("-c", stop, *command[1:], "--out", tmp_path / "parts", code=130)
-    assert "going on after epoch 1" in run(*command, "--out", tmp_path / "parts")
+    call(*command, "--out", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop_after_saving(run, save=vit.Run._save):
+            save(run)
+            raise KeyboardInterrupt
+
+        patch.setattr(vit.Run, "_save", stop_after_saving)
+        call(*command, "--out", tmp_path / "parts", code=130)
+    assert "going on after epoch 1" in call(*command, "--out", tmp_path / "parts")
     whole, parts = (vit.read_checkpoint(tmp_path / p / "video_encoder_1.pt") for p in ("whole", "parts"))
     assert whole["history"] == parts["history"] and all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
-    assert "measured before" in run(*command, "--out", tmp_path / "parts")
+    assert "measured before" in call(*command, "--out", tmp_path / "parts")
     images, labels = data.load("synthetic", "train", limit=400)
     sampler = data.SameClassBatchSampler(labels, 4)
     first = video.clip_steps(sampler, labels.tolist(), 10, True)
@@ -326,4 +329,4 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
     (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, pretrained, more, message):
-    assert message in run("video.py", "--checkpoint", pretrained, "--out", tmp_path, *TINY, *more, code=1)
+    assert message in call("video.py", "--checkpoint", pretrained, "--out", tmp_path, *TINY, *more, code=1)

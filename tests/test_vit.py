@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 from torch import nn
 
 import vit
@@ -226,4 +226,4 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
-    assert "can't be used on this machine" in run("ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1)
+    assert "can't be used on this machine" in call("ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1)
