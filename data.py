@@ -85,18 +85,22 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
 
 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
-    """Append what is missing of `url` to `path`; try again a few times, each time from where it broke."""
-    reason = ""
+    """Append what is missing of `url` to `path`; a connection that breaks is tried again a few times, from where it broke.
+
+    Where nothing arrives at all the first try is the last: without a network the answer shall come in seconds.
+    """
+    reason, at_start = "", path.stat().st_size if path.exists() else 0
     for attempt in range(tries + 1):
         have = path.stat().st_size if path.exists() else 0
         if have >= size:
             return
-        if attempt == tries:
-            sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into {path.parent}")
+        if attempt == tries or (attempt and have == at_start):
+            sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into "
+                     f"{path.parent}, or say --data synthetic for drawn shapes")  # fmt: skip
         time.sleep(attempt)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as response, open(path, "ab") as file:
+            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
                 if have and response.status != 206:  # this server can't start in the middle
                     file.truncate(0)
                 start, begun = time.perf_counter(), file.tell()
@@ -129,7 +133,8 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
             raw = np.fromfile(folder / name, dtype=np.uint8)
         except OSError:
             first = f"delete {folder}, then " if folder.exists() else ""
-            sys.exit(f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10, or point --data at its folder")
+            sys.exit(f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10; or point --data at its folder, "
+                     "or say --data synthetic for drawn shapes")  # fmt: skip
         if len(raw) != 10_000 * RECORD:
             sys.exit(f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again")
         if raw[::RECORD].max() > 9:

@@ -7,7 +7,8 @@ First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M param
 as timm, transformers and (where installed) vit-pytorch do, in float32 and in bfloat16 autocast, in one process, in
 turns, so that all of them meet the same machine. "Share": floating-point operations of the matmuls per second, against
 a plain 2048 x 2048 matmul in the same precision. Second table: one epoch of fine-tuning as ssl.py does it, against the
-usual loop around timm's network and torchvision's transforms. Not a test: nothing here fails.
+usual loop around timm's network and torchvision's transforms. Third table: seconds from typing a command to the end of
+its first step, and what `run_all.sh quick` and `run_all.sh test` take. Not a test: nothing here fails.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -81,7 +84,8 @@ def step_table(device: str, seconds: float) -> None:
     print(f"One network, as each library writes it (width {DIM}, depth {DEPTH}, {BATCH} images a step), training: forward, backward and AdamW's step.\n"
           "Share: operations per second of its matmuls, against those of one large matmul.\n")  # fmt: skip
     print("| network | precision | images/s | share |\n|---|---|---:|---:|")
-    for precision in ("float32", "bfloat16"):
+    faster, why = vit.faster_precision(quiet_machine(device, "float32").device)
+    for precision in ("float32", "bfloat16") if faster == "bfloat16" else ("float32",):
         machine = quiet_machine(device, precision)
         limit = matmul_flops(machine, seconds)
         models = {name: m.to(machine.device).train() for name, m in networks().items()}
@@ -106,6 +110,8 @@ def step_table(device: str, seconds: float) -> None:
             rate = statistics.median(r)
             print(f"| {name} | {precision} | {rate:.0f} | {100 * rate * step_flops() / limit:.0f} % |", flush=True)
         print(f"| matmul 2048^3 | {precision} | {limit / 1e9:.0f} GFLOP/s | 100 % |")
+    if faster == "float32":  # a step would take many seconds
+        print(f"\nbfloat16 is left out: float32 is {why}.")
 
 
 def usual_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> None:
@@ -188,6 +194,50 @@ def epoch_table(device: str, number: int) -> None:
     print(f"| ssl.py | {machine.precision} | {ours:.0f} | {ours / usual:.1f} times |")
 
 
+# command -> the beginning of the line that it prints at the end of its first step (or, where there is no step, of its work)
+FIRST_STEPS = {
+    "ssl.py pretrain --task m --epochs 1": "m epoch 1/1",
+    "ssl.py finetune --epochs 1": "finetune_scratch epoch 1/1",
+    "video.py --checkpoint OUT/m.pt --frames 6 --clips 20 --blocks 2 --epochs 1": "video_encoder_2 epoch 1/1",
+    "multimodal.py tiny --checkpoint OUT/m.pt --epochs 1": "tiny_blip_0 epoch 1/1",
+    "multimodal.py caption --captioner tiny": "[",
+    "multimodal.py embed --captions OUT/captions_tiny.jsonl": "[",
+    "multimodal.py fuse --captions OUT/captions_tiny.jsonl --epochs 1": "fusion_tiny epoch 1/1",
+}
+
+
+def seconds_until(line: str, command: list[str], folder: pathlib.Path) -> float:
+    """From starting `command` to its first line that begins with `line`; waits for its end before returning."""
+    start, found = time.perf_counter(), 0.0
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    for printed in process.stdout:
+        if printed.startswith(line) and not found:
+            found = time.perf_counter() - start
+    if process.wait():
+        sys.exit(f"{' '.join(command)} failed; the lines above say why")
+    return found
+
+
+def start_table(images: str) -> None:
+    """How long a newcomer waits: each on a copy of the project, with this Python's packages, of three starts the fastest."""
+    print("| from typing the command | seconds |\n|---|---:|")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("data", "runs", ".*"))
+        common = ["--data", images, "--limit", "256", "--batch", "128"]
+        for words, line in FIRST_STEPS.items():
+            options = common[:4] if words.startswith(("video", "multimodal.py embed")) else common
+            command = [sys.executable, *words.replace("OUT", "runs/mine").split(), *options]
+            fresh = [] if "embed" in words else ["--fresh"]
+            best = min(seconds_until(line, command + fresh, folder) for _ in range(3 if fresh else 1))
+            print(f"| to the end of the first step: {' '.join(words.replace('OUT/', '').split()[:2])} | {best:.1f} |", flush=True)
+        os.environ |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+        for words in (["quick", "--data", images], ["test"]):
+            start = time.perf_counter()
+            subprocess.run(["bash", "run_all.sh", *words], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+            print(f"| to the end: bash run_all.sh {words[0]} | {time.perf_counter() - start:.0f} |", flush=True)
+
+
 def quiet_machine(device: str, precision: str) -> vit.Machine:
     """A vit.Machine that tells what it is on the terminal, not in the table."""
     with contextlib.redirect_stdout(sys.stderr):
@@ -201,6 +251,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="instead of the tables: one process against so many")
     parser.add_argument("--loop", action="store_true", help="instead of the tables: only ssl.py's images per second, of three epochs the best")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", default="synthetic", help="images of the third table: a folder, or synthetic (default)")
+    parser.add_argument("--start", action="store_true", help="only the third table")
     args = parser.parse_args()
     if args.processes:
         return processes_table(args.processes, args)
@@ -209,6 +261,8 @@ def main() -> None:
         images, labels = data.synthetic(args.images)
         best = min(epoch_seconds(our_loop, images, labels, machine) for _ in range(3))
         return print(f"{args.images / best:.0f}") if vit.RANK == 0 else None
+    if args.start:
+        return start_table(args.data)
     from importlib.metadata import version
 
     machine = quiet_machine(args.device, "float32")
@@ -217,6 +271,8 @@ def main() -> None:
     step_table(args.device, args.seconds)
     print()
     epoch_table(args.device, args.images)
+    print()
+    start_table(args.data)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import http.server
 import io
 import tarfile
 import threading
+import urllib.error
 
 import numpy as np
 import pytest
@@ -243,6 +244,24 @@ def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(tmp
     assert server.starts[-1] > len(archive) // 2 and (tmp_path / data.FOLDER).exists()
 
 
+def test_where_nothing_arrives_the_first_try_is_the_last(tmp_path, monkeypatch):
+    """A new download and one that was begun earlier: without a network both give up at once, and the second keeps its part."""
+    tried = []
+
+    def offline(*_, **__):
+        tried.append(1)
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    for begun in (b"", b"the beginning"):
+        part = tmp_path / "archive.part"
+        part.write_bytes(begun)
+        with pytest.raises(SystemExit, match="Name or service not known; .*--data synthetic"):
+            data._download("https://nowhere/", part, 1000)
+        assert part.read_bytes() == begun
+    assert len(tried) == 2
+
+
 @pytest.mark.parametrize("damage, message", [("missing", "has no test_batch"), ("short", "bytes instead of"), ("label", "holds the label 77")])
 def test_damaged_files_get_one_sentence(tmp_path, damage, message):
     (tmp_path / data.FOLDER).mkdir()
@@ -257,7 +276,7 @@ def test_damaged_files_get_one_sentence(tmp_path, damage, message):
 
 def test_an_empty_data_folder_gets_one_sentence(tmp_path):
     text = call("ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1)
-    assert "fetches CIFAR-10" in text
+    assert "fetches CIFAR-10" in text and "--data synthetic" in text
 
 
 def test_synthetic_is_repeatable_balanced_and_too_hard_for_a_linear_layer_on_pixels(stage1):

@@ -1,11 +1,13 @@
 """The network against two independent implementations, and the promises of the plumbing."""
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -223,6 +225,43 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     with pytest.raises(SystemExit, match="can't be read"):
         vit.read_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypatch):
+    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no random number."""
+    cost, now = {torch.float32: 3.0, torch.bfloat16: 1.0}, [0.0]
+
+    def product(a, b, matmul=torch.Tensor.__matmul__):
+        result = matmul(a, b)
+        now[0] += cost[result.dtype]
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(vit.time, "thread_time", lambda: now[0])
+    before = torch.get_rng_state()
+    assert vit.faster_precision(torch.device("cpu")) == ("bfloat16", "3.0 times as fast as float32 here")
+    cost[torch.bfloat16] = 75.0
+    assert vit.faster_precision(torch.device("cpu")) == ("float32", "25.0 times as fast as bfloat16 here")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
+def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
+    """As MPS before macOS 14 (TypeError) and GPUs without it (RuntimeError)."""
+
+    def autocast(*_, enabled, **__):
+        if enabled:
+            raise error("not here")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
+
+
+def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_the_threads_as_they_were():
+    threads, start = torch.get_num_threads(), time.thread_time()
+    vit.faster_precision(torch.device("cpu"))
+    assert time.thread_time() - start < 0.3 and torch.get_num_threads() == threads
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
