@@ -58,7 +58,12 @@ def focus(maps: torch.Tensor) -> dict[str, float]:
     N = maps.shape[1]
     entropy = torch.special.entr(mass).sum(dim=1) / np.log(N)
     best = mass.topk(N // 4, dim=1).values.sum(dim=1)
-    found = {"entropy": entropy, "best_quarter": best, "peak": maps.max(dim=1).values, "spread": maps.std(dim=1)}
+    found = {
+        "entropy": entropy,
+        "best_quarter": best,
+        "peak": maps.max(dim=1).values,
+        "spread": maps.std(dim=1),
+    }
     return {name: values.mean().item() for name, values in found.items()}
 
 
@@ -69,14 +74,18 @@ def maps(args: argparse.Namespace) -> None:
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # the first image of each class
+    shown = torch.stack(
+        [(labels == k).nonzero()[0, 0] for k in labels.unique()]
+    )  # the first image of each class
     arrays, measured = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder = vit.load_encoder(path).to(machine.device).eval()
         with torch.no_grad():
-            similarity = torch.cat([token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(machine.eval_batch)])  # [n, T, T]
+            similarity = torch.cat(
+                [token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(machine.eval_batch)]
+            )  # [n, T, T]
         arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
-    vit.write_npz(stored, **arrays)  # before the rows: a row says that everything of it is there
+    vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
     for when, row in measured.items():
         vit.record(args, f"maps_{when}", machine, data.describe(args.data), value=row.pop("entropy"), **row,
                    precision="float32", weights=vit.fingerprint(args.before, args.after))  # fmt: skip
@@ -109,10 +118,14 @@ class StreamingCKA:
         z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
         if self.n == 0:
             self.widths = [r.shape[1] for r in representations]
-            self.origin = z.mean(dim=0)  # CKA ignores a common shift, and sums of small numbers lose fewer digits
+            self.origin = z.mean(
+                dim=0
+            )  # CKA ignores a common shift, and sums of small numbers lose fewer digits
             self.sums = [0.0] * 4
         z = z - self.origin
-        a = torch.stack([part.square().sum(dim=1) for part in z.split(self.widths, dim=1)], dim=1)  # [b, L] self-similarities
+        a = torch.stack(
+            [part.square().sum(dim=1) for part in z.split(self.widths, dim=1)], dim=1
+        )  # [b, L] self-similarities
         self.n += len(z)
         self.sums = [old + new for old, new in zip(self.sums, (z.sum(dim=0), z.T @ z, a.T @ z, a.T @ a))]
 
@@ -133,8 +146,12 @@ class StreamingCKA:
             s, az = s.split(self.widths), [row.split(self.widths) for row in az]
             # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
             total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L] 1^T K~ 1
-            rows = _pairs(L, lambda i, j: s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j])  # 1^T K~ L~ 1
-            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows  # hsic - aa: tr(K~ L~)
+            rows = _pairs(
+                L, lambda i, j: s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
+            )  # 1^T K~ L~ 1
+            hsic = (
+                hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
+            )  # hsic - aa: tr(K~ L~)
         scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
         scale = torch.where(scale > 1e-12 * scale.max(), scale, torch.nan)
         return hsic / torch.outer(scale, scale)
@@ -166,12 +183,20 @@ def cka(args: argparse.Namespace) -> None:
                 encoder(x.float() / 255, trace)
             stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
             streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
-        arrays[f"{when}_biased"], arrays[f"{when}_debiased"] = streaming.result(), streaming.result(debiased=True)  # [L, L]
-    vit.write_npz(stored, **arrays)
+        arrays[f"{when}_biased"], arrays[f"{when}_debiased"] = (
+            streaming.result(),
+            streaming.result(debiased=True),
+        )  # [L, L]
+    vit.write_arrays(stored, **arrays)
     for when, reported in (("before", 0.8698), ("after", 0.7353)):
         biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
-        steps = {name: debiased.diagonal(places)[::2].tolist() for name, places in (("attentions", 1), ("blocks", 2))}
-        steps = {name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()}  # JSON has no nan
+        steps = {
+            name: debiased.diagonal(places)[::2].tolist()
+            for name, places in (("attentions", 1), ("blocks", 2))
+        }
+        steps = {
+            name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()
+        }  # JSON has no nan
         vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=reported,
                    debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(), whole_block_debiased=debiased[-3, -1].item(),
                    **steps, precision="float32",
@@ -183,9 +208,28 @@ def cka(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 INK, GREY, PAPER = (30, 30, 36), (120, 120, 128), (255, 255, 255)
-LINES = [(31, 119, 180), (214, 96, 20), (44, 140, 60), (148, 80, 180), (200, 40, 60), (120, 110, 40), (60, 160, 170)]
-VIRIDIS = np.array([[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129],
-                    [92, 200, 99], [170, 220, 50], [253, 231, 37]])  # fmt: skip  (matplotlib's, every 1/8)
+LINES = [
+    (31, 119, 180),
+    (214, 96, 20),
+    (44, 140, 60),
+    (148, 80, 180),
+    (200, 40, 60),
+    (120, 110, 40),
+    (60, 160, 170),
+]
+VIRIDIS = np.array(
+    [
+        [68, 1, 84],
+        [71, 44, 122],
+        [59, 81, 139],
+        [44, 113, 142],
+        [33, 144, 141],
+        [39, 173, 129],
+        [92, 200, 99],
+        [170, 220, 50],
+        [253, 231, 37],
+    ]
+)  # fmt: skip  (matplotlib's, every 1/8)
 
 
 class Page:
@@ -207,11 +251,15 @@ class Page:
     def paste(self, picture: np.ndarray, x: int, y: int, size: int, smooth: bool = False) -> None:
         """An array [S, S, 3] of 0..255 as a square of `size` pixels."""
         picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-        self.image.paste(picture.resize((size, size), Image.BICUBIC if smooth else Image.NEAREST), (int(x), int(y)))
+        self.image.paste(
+            picture.resize((size, size), Image.BICUBIC if smooth else Image.NEAREST), (int(x), int(y))
+        )
 
     def scale_bar(self, x: int, y: int, width: int, low: float, high: float, label: str) -> None:
         """The legend of `colour`: a horizontal bar from low to high."""
-        self.image.paste(Image.fromarray(colour(np.linspace(0, 1, width)[None].repeat(12, 0)).astype(np.uint8)), (x, y))
+        self.image.paste(
+            Image.fromarray(colour(np.linspace(0, 1, width)[None].repeat(12, 0)).astype(np.uint8)), (x, y)
+        )
         self.text(x - 6, y + 6, f"{low:.2f}", 12, anchor="rm")
         self.text(x + width + 6, y + 6, f"{high:.2f}   {label}", 12, anchor="lm")
 
@@ -234,13 +282,18 @@ class Page:
             self.text(x0 + w * (place - 1) / max(1, longest - 1), y0 + h + 6, label, 12, GREY, "ma")
         self.text(x0 + w / 2, y0 + h + 20, below, 12, GREY, "ma")
         for k, (name, line) in enumerate(lines.items()):
-            at = [(x0 + w * i / max(1, longest - 1), y0 + h - h * (v - low) / (high - low)) for i, v in enumerate(line)]
+            at = [
+                (x0 + w * i / max(1, longest - 1), y0 + h - h * (v - low) / (high - low))
+                for i, v in enumerate(line)
+            ]
             ink = LINES[k % len(LINES)]
             self.draw.line(at, fill=ink, width=2)
             self.draw.ellipse([at[-1][0] - 3, at[-1][1] - 3, at[-1][0] + 3, at[-1][1] + 3], fill=ink)
             self.text(x0 + w + 14, y0 + 18 * k, name, 13, ink)
 
-    def heat_map(self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0) -> None:
+    def heat_map(
+        self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0
+    ) -> None:
         """A square matrix in colour, row labels left, column labels below; the entries written into the cells."""
         for i, row in enumerate(matrix):
             for j, v in enumerate(row):
@@ -250,9 +303,13 @@ class Page:
                 self.draw.rectangle(at, fill=fill)
                 if not np.isnan(v):
                     entry = f"{v:.0f}" if high > 1 else f"{v:.2f}".replace("0.", ".")
-                    self.text(at[0] + cell / 2, at[1] + cell / 2, entry, 11, INK if share > 0.6 else PAPER, "mm")
+                    self.text(
+                        at[0] + cell / 2, at[1] + cell / 2, entry, 11, INK if share > 0.6 else PAPER, "mm"
+                    )
             self.text(x - 6, y + (i + 0.5) * cell, labels[i], 12, anchor="rm")
-            self.text(x + (i + 0.5) * cell, y + len(matrix) * cell + 6 + 13 * (i % 2), labels[i], 12, anchor="ma")
+            self.text(
+                x + (i + 0.5) * cell, y + len(matrix) * cell + 6 + 13 * (i % 2), labels[i], 12, anchor="ma"
+            )
 
 
 def colour(x: np.ndarray) -> np.ndarray:
@@ -297,8 +354,8 @@ def draw_patches(args: argparse.Namespace, footer: str) -> Page:
 def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
     """What Model M answers: the black patches repainted, and the angle."""
     state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
-    model = vit.ModelM(vit.ViT(**state["config"])).eval()
-    model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith("projector.")})
+    model = vit.ModelM(vit.ViT(**state["config"]), projector="projector.0.weight" in state["model"]).eval()
+    model.load_state_dict(state["model"])
     patch = state["config"]["patch_size"]
     images, _ = data.load(args.data, "validation", limit=8)
     images = images.float() / 255
@@ -316,7 +373,13 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
             page.paste(pixels(picture[i]), 24 + 116 * i, page.top + 116 * row, 110)
         right = logits[i].argmax() == angle[i]
         page.text(24 + 116 * i, page.top + 350, f"angle {90 * angle[i].item()}", 13)
-        page.text(24 + 116 * i, page.top + 367, f"M says {90 * logits[i].argmax().item()}", 13, LINES[2] if right else LINES[4])
+        page.text(
+            24 + 116 * i,
+            page.top + 367,
+            f"M says {90 * logits[i].argmax().item()}",
+            13,
+            LINES[2] if right else LINES[4],
+        )
     return page
 
 
@@ -324,7 +387,10 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
     """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
     stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
     names, side = data.class_names(args.data), int((stored["before"].shape[1] - 1) ** 0.5)
-    sides = {when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side) for when in ("before", "after")}
+    sides = {
+        when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side)
+        for when in ("before", "after")
+    }
     low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
     focus_text = {when: ", ".join(f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}" for k, v in
                   (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))) for when in sides}  # fmt: skip
@@ -342,7 +408,9 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
             small = Image.fromarray(((sides[when][i] - low) / (high - low)).astype(np.float32))
             heat = colour(np.asarray(small.resize((32, 32), Image.BILINEAR)))  # the report's 4x4 -> 32x32
             page.paste(heat, x, page.top + 18 + 106 * r, 84, smooth=True)
-            page.paste(0.45 * image.mean(axis=-1, keepdims=True) + 0.55 * heat, x, page.top + 18 + 106 * (r + 1), 84)
+            page.paste(
+                0.45 * image.mean(axis=-1, keepdims=True) + 0.55 * heat, x, page.top + 18 + 106 * (r + 1), 84
+            )
     page.scale_bar(360, page.top + 560, 240, low, high, "cosine with CLS")
     return page
 
@@ -358,7 +426,9 @@ def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
     for r, when in enumerate(("before", "after")):
         page.text(14, page.top + 130 + 270 * r, when, 14)
         for i in range(min(3, len(stored["labels"]))):
-            page.paste(colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255)
+            page.paste(
+                colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255
+            )
     page.scale_bar(330, page.top + 565, 240, low, 1.0, "cosine")
     return page
 
@@ -384,7 +454,10 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     """Every metric that the image stages noted, epoch by epoch."""
-    paths = [pathlib.Path(args.out) / f"{name}.pt" for name in ("infonce", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch")]
+    paths = [
+        pathlib.Path(args.out) / f"{name}.pt"
+        for name in ("infonce", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch")
+    ]
     histories = {p.stem: vit.read_checkpoint(p)["history"] for p in paths if p.exists()}
     if not histories:
         raise FileNotFoundError("no checkpoint")
@@ -435,7 +508,9 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
         page.text(116 + cell * F, y + 52, names[guess], 14, LINES[2] if guess == truth else LINES[4], "lm")
         for f, frame in enumerate(clip):
             x, ink = 104 + cell * f, LINES[2] if stored["each"][k, f] == truth else LINES[4]
-            page.draw.rectangle([x + 12, y + 24 - 22 * weights[k, f] / top, x + cell - 17, y + 25], fill=LINES[0])
+            page.draw.rectangle(
+                [x + 12, y + 24 - 22 * weights[k, f] / top, x + cell - 17, y + 25], fill=LINES[0]
+            )
             page.draw.rectangle([x - 1, y + 28, x + cell - 4, y + 28 + cell - 4], fill=ink)
             page.paste(frame, x + 2, y + 31, cell - 9)
     return page
@@ -443,7 +518,15 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_video(args: argparse.Namespace, footer: str) -> Page:
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
-    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "repeats")  # as many as there are colours
+    shown = (
+        "encoder_1",
+        "encoder_2",
+        "divided_1",
+        "divided_2",
+        "report_1",
+        "report_2",
+        "repeats",
+    )  # as many as there are colours
     rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
     if not rows:
         raise FileNotFoundError("no row of video.py")
@@ -456,8 +539,15 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
     ticks = {k + 1: n for k, n in enumerate(places)}
     page.chart((70, page.top + 44, 330, 260), {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
                "accuracy by different images", True, ticks, "different images in the clip")  # fmt: skip
-    histories = {n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"] for n in ("video_encoder_1", "video_encoder_2")}
-    lines = {f"{n.removeprefix('video_')}, {what}": h[key] for n, h in histories.items() for key, what in (("validation", "static"), ("train", "training"))}
+    histories = {
+        n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"]
+        for n in ("video_encoder_1", "video_encoder_2")
+    }
+    lines = {
+        f"{n.removeprefix('video_')}, {what}": h[key]
+        for n, h in histories.items()
+        for key, what in (("validation", "static"), ("train", "training"))
+    }
     page.chart((660, page.top + 44, 330, 260), lines, "accuracy while training", True)
     return page
 
@@ -470,7 +560,9 @@ def captioner_of(args: argparse.Namespace) -> str:
 def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     """Images with their captions, and what the fusion model and the control without text answer."""
     who, names = captioner_of(args), data.class_names(args.data)
-    both, alone = (np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only"))
+    both, alone = (
+        np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only")
+    )
     truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
     page = Page(1100, 645, f"Captions by the {MADE_BY[who]}, and what they change",
                 f"Beside each image its caption, under it the true class, then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
@@ -481,7 +573,9 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
         for line, text in enumerate(textwrap.wrap(both["captions"][i], 15, max_lines=5, placeholder=" ...")):
             page.text(x + 92, y + 14 * line, text, 12)
         page.text(x, y + 90, f"it is: {names[truth[k]]}", 13)
-        for line, (what, guess, ok) in enumerate((("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))):
+        for line, (what, guess, ok) in enumerate(
+            (("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))
+        ):
             page.text(x, y + 106 + 16 * line, f"{what}: {names[guess]}", 13, LINES[2] if ok else LINES[4])
     return page
 
@@ -501,7 +595,10 @@ def draw_words(args: argparse.Namespace, footer: str) -> Page:
         page.paste(pixels(stored["images"][i]), 24, y, 54)
         page.text(88, y + 27, names[truth], 14, anchor="lm")
         for word, width, w in zip(stored["words"][i].split(" "), widths[i], weights[i]):
-            page.draw.rectangle([x, y + 8, x + width - 4, y + 46], fill=tuple(int(255 - (255 - c) * w / high) for c in LINES[0]))
+            page.draw.rectangle(
+                [x, y + 8, x + width - 4, y + 46],
+                fill=tuple(int(255 - (255 - c) * w / high) for c in LINES[0]),
+            )
             ink = PAPER if w > 0.6 * high else INK
             page.text(x + width / 2 - 2, y + 20, word, 13, ink, "mm")
             page.text(x + width / 2 - 2, y + 36, f"{w:.2f}", 11, ink, "mm")
@@ -536,7 +633,9 @@ FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps
 def rows_of(args: argparse.Namespace) -> dict[str, dict]:
     """The rows measured on --split, by their plain names."""
     rows = vit.read_results(args.out)["rows"]
-    return {name.removesuffix(f"_{args.split}"): row for name, row in rows.items() if row["split"] == args.split}
+    return {
+        name.removesuffix(f"_{args.split}"): row for name, row in rows.items() if row["split"] == args.split
+    }
 
 
 def figures(args: argparse.Namespace) -> None:
@@ -563,7 +662,9 @@ FILM = {"infonce": "learning without labels: InfoNCE", "m_joint": "learning with
         "finetune": "fine-tuning on labels"}  # fmt: skip
 
 
-def nearest_neighbours(queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int = 20) -> torch.Tensor:
+def nearest_neighbours(
+    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int = 20
+) -> torch.Tensor:
     """The class that most of the k keys of highest cosine have: queries [n, D], keys [m, D], labels [m] -> [n].
 
     It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4, here without weights).
@@ -583,19 +684,30 @@ def movie(args: argparse.Namespace) -> None:
         chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))})
         scenes += [(f"{what}, epoch {kept[i]} of {last}", out / f"{name}-epoch{kept[i]}.pt") for i in chosen]
     if len(scenes) == 1:
-        return print(f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs --fresh` keeps them", flush=True)
+        return print(
+            f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs --fresh` keeps them",
+            flush=True,
+        )
     made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
     if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
         return print(f"{target}: drawn before", flush=True)
 
     machine = vit.Machine(args.device, args.precision, args.seed)
-    train, validation = (data.load(args.data, split, machine.device, min(args.limit or 5_000, 5_000)) for split in ("train", "validation"))
-    shown = torch.stack([(validation[1] == k).nonzero()[1, 0] for k in validation[1].unique()])  # the second image of each class
+    train, validation = (
+        data.load(args.data, split, machine.device, min(args.limit or 5_000, 5_000))
+        for split in ("train", "validation")
+    )
+    shown = torch.stack(
+        [(validation[1] == k).nonzero()[1, 0] for k in validation[1].unique()]
+    )  # the second image of each class
     maps, answers, right = [], [], []
     for what, path in scenes:
-        encoder = (vit.load_encoder(path) if path else vit.make_encoder(args, None)).to(machine.device).eval()
+        encoder = (vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)).to(machine.device).eval()
         with torch.no_grad(), machine.autocast():
-            keys, queries = (torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)]) for images, _ in (train, validation))
+            keys, queries = (
+                torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)])
+                for images, _ in (train, validation)
+            )
             tokens = encoder(validation[0][shown].float() / 255)
         maps.append(token_similarity(tokens.float())[:, 0, 1:].cpu().numpy())  # [K, N]
         guess = nearest_neighbours(queries, keys, train[1])
@@ -614,8 +726,21 @@ def movie(args: argparse.Namespace) -> None:
             page.paste(image, x, page.top + 6, 80)
             page.paste(colour(((maps[f][i] - low) / (high - low)).reshape(side, side)), x, page.top + 92, 80)
             k = answers[f][i]
-            page.text(x + 40, page.top + 178, names[k], 13, LINES[2] if k == validation[1][shown[i]] else LINES[4], "ma")
-        line = [(90 + 700 * i / (len(scenes) - 1), page.top + 300 - 80 * (v - min(right)) / (max(right) - min(right) + 1e-9)) for i, v in enumerate(right)]
+            page.text(
+                x + 40,
+                page.top + 178,
+                names[k],
+                13,
+                LINES[2] if k == validation[1][shown[i]] else LINES[4],
+                "ma",
+            )
+        line = [
+            (
+                90 + 700 * i / (len(scenes) - 1),
+                page.top + 300 - 80 * (v - min(right)) / (max(right) - min(right) + 1e-9),
+            )
+            for i, v in enumerate(right)
+        ]
         page.draw.line(line, fill=(215, 215, 220), width=2)
         if f:
             page.draw.line(line[: f + 1], fill=LINES[0], width=3)
@@ -626,7 +751,15 @@ def movie(args: argparse.Namespace) -> None:
     palette = every.quantize(200)  # one for all frames, so that what stands still costs nothing
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[900] * (len(frames) - 1) + [3000], loop=0, comment=made_from.encode())
+    frames[0].save(
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=[900] * (len(frames) - 1) + [3000],
+        loop=0,
+        comment=made_from.encode(),
+    )
     vit.write_file(target, buffer.getvalue())
     print(f"drew {target}, {len(frames)} frames, {len(buffer.getvalue()) / 1000:.0f} kB", flush=True)
 
@@ -660,7 +793,10 @@ TABLE = {
     "infonce_probe": ("linear probe after InfoNCE", "untrained_probe"),
     "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
-    "m_joint_probe": ("linear probe after Model M with InfoNCE beside it, continued from InfoNCE", "infonce_probe"),
+    "m_joint_probe": (
+        "linear probe after Model M with InfoNCE beside it, continued from InfoNCE",
+        "infonce_probe",
+    ),
     "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
     "finetune_scratch": ("trained on labels from scratch", None),
     "finetune": ("fine-tuned", "finetune_scratch"),
@@ -669,9 +805,15 @@ TABLE = {
     "video_divided_1": ("video, factorised self-attention, one block", "video_encoder_1"),
     "video_divided_2": ("video, factorised self-attention, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
-    "video_unordered": ("video, factorised encoder, one block, without temporal positions", "video_encoder_1"),
+    "video_unordered": (
+        "video, factorised encoder, one block, without temporal positions",
+        "video_encoder_1",
+    ),
     "video_report_1": ("video, the report's training, one block", None),
-    "video_report_1_probe": ("linear probe of the image encoder after the report's training", "m_joint_probe"),
+    "video_report_1_probe": (
+        "linear probe of the image encoder after the report's training",
+        "m_joint_probe",
+    ),
     "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
     "video_random": ("video, 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
     "video_balanced": ("video, and every class once a step", "video_random"),
@@ -696,15 +838,21 @@ def report(args: argparse.Namespace) -> None:
     results, out = vit.read_results(args.out), pathlib.Path(args.out)
     rows = rows_of(args)
     if not rows:
-        raise SystemExit(f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the stages that write them")
+        raise SystemExit(
+            f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the stages that write them"
+        )
 
     if args.seconds:
         results["seconds"] = args.seconds
-    results["memory_gb"] = max((row["memory_gb"] for row in rows.values() if "memory_gb" in row), default=None)
+    results["memory_gb"] = max(
+        (row["memory_gb"] for row in rows.values() if "memory_gb" in row), default=None
+    )
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
-        rows["m_best_probe"] = results["rows"][vit.row_name(args, "m_best_probe")] = rows[best] | {"variant": best}
+        rows["m_best_probe"] = results["rows"][vit.row_name(args, "m_best_probe")] = rows[best] | {
+            "variant": best
+        }
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     def number(name: str | None, key: str = "value") -> str:
@@ -719,16 +867,42 @@ def report(args: argparse.Namespace) -> None:
             what += f" = {row['variant']}" if "variant" in row else ""
             against = f"{number(control)} {control}" if control in rows else ""
             time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
-            table.append([what, number(name, "report"), number(name), against, str(row.get("epochs", "")), time, f"`{row['command']}`"])
+            table.append(
+                [
+                    what,
+                    number(name, "report"),
+                    number(name),
+                    against,
+                    str(row.get("epochs", "")),
+                    time,
+                    f"`{row['command']}`",
+                ]
+            )
         elif name == "fusion_blip" and "fusion_tiny" in rows:
-            table.append([what, number("fusion_tiny", "report"), "not measured here", "", "", "", "needs the weights of BLIP and CLIP"])
+            table.append(
+                [
+                    what,
+                    number("fusion_tiny", "report"),
+                    "not measured here",
+                    "",
+                    "",
+                    "",
+                    "needs the weights of BLIP and CLIP",
+                ]
+            )
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|" + "---:|" * 5 + "---|")
-    stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
+    stamp = (
+        "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
+    )
     tiny = (" Tiny captions are not BLIP's: a small captioner of the same library class, trained here on the training labels, "
             "wrote them; they hold no knowledge from outside.") if "captions_tiny" in rows else ""  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    pictures = [f"### {name}\n\n![{name}](figures/{name}.png)\n" for name in FIGURES if (out / "figures" / f"{name}.png").exists()]
+    pictures = [
+        f"### {name}\n\n![{name}](figures/{name}.png)\n"
+        for name in FIGURES
+        if (out / "figures" / f"{name}.png").exists()
+    ]
     text = (f"# Results of {out.name}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
             f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
             "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
@@ -736,8 +910,15 @@ def report(args: argparse.Namespace) -> None:
     vit.write_file(out / "report.md", text.encode())
     widths = [max(len(cells[c]) for cells in table) for c in range(6)]
     for cells in table:
-        print("  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(cells[:6], widths))))
-    print(f"{stamp.strip().strip('*')}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}".lstrip())
+        print(
+            "  ".join(
+                cell.ljust(w) if c == 0 else cell.rjust(w)
+                for c, (cell, w) in enumerate(zip(cells[:6], widths))
+            )
+        )
+    print(
+        f"{stamp.strip().strip('*')}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}".lstrip()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -751,10 +932,10 @@ MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
 def entry(runs: dict[str, dict], what: str) -> str:
     """What a mark asks for, as text; `runs`: name of a run -> its results.json.
 
-        laptop:finetune                  the row's value; with several seeds, mean and standard deviation
-        report:finetune                  the same in the coursework report
-        laptop:m_probe:training.angle    another entry of the row
-        laptop::versions.torch           an entry of the run itself
+    laptop:finetune                  the row's value; with several seeds, mean and standard deviation
+    report:finetune                  the same in the coursework report
+    laptop:m_probe:training.angle    another entry of the row
+    laptop::versions.torch           an entry of the run itself
     """
     profile, row, key = (what.split(":") + [""])[:3]
     key = "report" if profile == "report" else key or "value"
@@ -762,7 +943,9 @@ def entry(runs: dict[str, dict], what: str) -> str:
     for results in [r for name, r in runs.items() if profile in ("report", *name.split("-"))]:
         value = results["rows"].get(row) if row else results
         for step in key.split("."):
-            value = None if value is None else value[int(step)] if isinstance(value, list) else value.get(step)
+            value = (
+                None if value is None else value[int(step)] if isinstance(value, list) else value.get(step)
+            )
         found += [] if value is None else [value]
     if not found:
         return "not measured"
@@ -785,13 +968,19 @@ def filled(page: str, runs: dict[str, dict]) -> str:
 
 def publish(args: argparse.Namespace) -> None:
     """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and README.md."""
-    folders = [pathlib.Path(f) for f in args.runs] or sorted(f for f in pathlib.Path("runs").glob("cifar10-*") if f.name.split("-")[1] in ("full", "laptop", "quick"))
+    folders = [pathlib.Path(f) for f in args.runs] or sorted(
+        f
+        for f in pathlib.Path("runs").glob("cifar10-*")
+        if f.name.split("-")[1] in ("full", "laptop", "quick")
+    )
     runs = {f.name: vit.read_results(f) for f in folders if (f / "results.json").exists()}
     if not runs:
         raise SystemExit("there is no finished run in runs/; `bash run_all.sh` makes one")
     for name, results in runs.items():
         if results["dataset"] != "cifar10":
-            raise SystemExit(f"{name} holds results on {results['dataset']} images, which are not to be published as CIFAR-10 numbers")
+            raise SystemExit(
+                f"{name} holds results on {results['dataset']} images, which are not to be published as CIFAR-10 numbers"
+            )
     out = pathlib.Path("results")
     vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
     for picture in [f"{name}.png" for name in FIGURES] + ["learning.gif"]:
@@ -801,17 +990,34 @@ def publish(args: argparse.Namespace) -> None:
         text = filled(page.read_text(), runs)
         vit.write_file(page, text.encode())
         missing = sorted({mark for mark in MARK.findall(text) if entry(runs, mark) == "not measured"})
-        print(f"{page}: {len(MARK.findall(text))} numbers from {', '.join(runs)}; not measured: {', '.join(missing) or 'none'}", flush=True)
+        print(
+            f"{page}: {len(MARK.findall(text))} numbers from {', '.join(runs)}; not measured: {', '.join(missing) or 'none'}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[vit.common_arguments()])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[vit.common_arguments()],
+    )
     stages = {function.__name__: function for function in (maps, cka, figures, movie, report, publish)}
-    parser.add_argument("what", nargs="+", choices=list(stages), help="one of these, or several, one after another")
+    parser.add_argument(
+        "what", nargs="+", choices=list(stages), help="one of these, or several, one after another"
+    )
     parser.add_argument("--before", help="maps, cka: checkpoint before fine-tuning")
     parser.add_argument("--after", help="maps, cka: checkpoint after fine-tuning")
-    parser.add_argument("--seconds", type=int, help="report: how long the whole run took, where it ran in one go")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="publish: finished runs (default: runs/cifar10-full*, -laptop* and -quick*)")
+    parser.add_argument(
+        "--seconds", type=int, help="report: how long the whole run took, where it ran in one go"
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="publish: finished runs (default: runs/cifar10-full*, -laptop* and -quick*)",
+    )
 
     def run(args: argparse.Namespace) -> None:
         if {"maps", "cka"} & {*args.what} and not (args.before and args.after):

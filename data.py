@@ -65,11 +65,15 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != sha256:
             archive.unlink()
-            sys.exit(f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; it was deleted, try again")
+            sys.exit(
+                f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; it was deleted, try again"
+            )
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         with tarfile.open(archive, "r:gz") as tar:
-            for name in FILES:  # only the six names we know, written under names we choose: no path in it is trusted
+            for (
+                name
+            ) in FILES:  # only the six names we know, written under names we choose: no path in it is trusted
                 with tar.extractfile(f"{FOLDER}/{name}") as source, open(part / name, "wb") as target:
                     shutil.copyfileobj(source, target)
         (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
@@ -109,7 +113,11 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
                     done, seconds = file.tell(), time.perf_counter() - start
                     left = (size - done) * seconds / max(1, done - begun)
                     bar = "#" * (30 * done // size)
-                    print(f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ", end="", flush=True)
+                    print(
+                        f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ",
+                        end="",
+                        flush=True,
+                    )
             print()
             reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
@@ -136,15 +144,21 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
             sys.exit(f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10; or point --data at its folder, "
                      "or say --data synthetic for drawn shapes")  # fmt: skip
         if len(raw) != 10_000 * RECORD:
-            sys.exit(f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again")
+            sys.exit(
+                f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again"
+            )
         if raw[::RECORD].max() > 9:
-            sys.exit(f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; delete {folder} and fetch it again")
+            sys.exit(
+                f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; delete {folder} and fetch it again"
+            )
         records.append(raw.reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 
-def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def load(
+    data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
     train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with it
@@ -156,7 +170,10 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
         raise ValueError(f"split must be train, validation or test, not {split!r}")
     if data == "synthetic":
         size, first = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
-        parts = [synthetic(min(limit or size, 5_000), seed=first + k) for k in range(math.ceil(min(limit or size, size) / 5_000))]
+        parts = [
+            synthetic(min(limit or size, 5_000), seed=first + k)
+            for k in range(math.ceil(min(limit or size, size) / 5_000))
+        ]
         images, labels = (torch.cat(p) for p in zip(*parts))  # drawn 5,000 at a time to keep memory small
     elif split == "test":
         images, labels = read_batches(find(data), ["test_batch.bin"])
@@ -226,7 +243,9 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor,
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def uniform(like: torch.Tensor, low: float, high: float, generator: torch.Generator | None, *shape: int) -> torch.Tensor:
+def uniform(
+    like: torch.Tensor, low: float, high: float, generator: torch.Generator | None, *shape: int
+) -> torch.Tensor:
     """Numbers between low and high, [B, *shape], on the device of `like` [B, ...]."""
     return low + (high - low) * torch.rand(len(like), *shape, device=like.device, generator=generator)
 
@@ -249,14 +268,19 @@ def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pa
     return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
 
 
-def resized_crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, scale: tuple = (0.2, 1.0)) -> torch.Tensor:
+def resized_crop_flip(
+    images: torch.Tensor, generator: torch.Generator | None = None, scale: tuple = (0.2, 1.0)
+) -> torch.Tensor:
     """A random rectangle of the image (area in `scale`, aspect 3/4 to 4/3) stretched to full size, and maybe mirrored.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A)
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # as shares of the image, [B]
+    w, h = (
+        (area * ratio).sqrt().clamp(max=1),
+        (area / ratio).sqrt().clamp(max=1),
+    )  # as shares of the image, [B]
     x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
     y = uniform(images, -1, 1, generator) * (1 - h)
     w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
@@ -273,7 +297,9 @@ def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return matrix.to(device), torch.linalg.inv(matrix).to(device)
 
 
-def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0) -> torch.Tensor:
+def colour_jitter(
+    images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0
+) -> torch.Tensor:
     """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then greyscale.
 
     images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a pixel, so
@@ -287,7 +313,9 @@ def colour_jitter(images: torch.Tensor, generator: torch.Generator | None = None
     saturation = torch.where(grey, 0.0, saturation)
     hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
     zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
-    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)  # [B, 3, 3] in YIQ
+    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(
+        -1, 3, 3
+    )  # [B, 3, 3] in YIQ
     to_yiq, from_yiq = yiq(images.device)
     matrix = from_yiq @ (rotation * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
     images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
@@ -317,10 +345,20 @@ def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generato
     return torch.where(inside, images[other], images), labels[other], 1 - inside.float().mean()
 
 
-def cutmix_loss(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float) -> torch.Tensor:
+def cutmix_loss(
+    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float
+) -> torch.Tensor:
     """Cross-entropy [] of logits [B, K] with both labels [B] of a mixed image, each by its share of the pixels."""
     first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
     return share * first + (1 - share) * second
+
+
+def cutmix_accuracy(
+    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """Share [] of logits [B, K] that name a label of a mixed image, each label counting by its share of the pixels."""
+    guess = logits.argmax(dim=1)  # [B]
+    return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +375,9 @@ def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
     if S % patch:
         raise ValueError(f"image size {S} is not a whole number of {patch}-pixel patches")
     x = images.reshape(B, C, S // patch, patch, S // patch, patch)  # [B, C, row, P, column, P]
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, patch, patch)  # [B, row, column, C, P, P] -> [B, N, C, P, P]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(
+        B, -1, C, patch, patch
+    )  # [B, row, column, C, P, P] -> [B, N, C, P, P]
 
 
 def unpatchify(patches: torch.Tensor) -> torch.Tensor:
@@ -375,7 +415,9 @@ def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None
         raise ValueError(f"a gap of {gap} pixels leaves nothing of a {patch}-pixel patch")
     if masked + rotated > N:
         raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
-    order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # a random permutation per image
+    order = torch.rand(B, N, device=x.device, generator=generator).argsort(
+        dim=1
+    )  # a random permutation per image
     mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
     b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
@@ -413,9 +455,13 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, labels: torch.Tensor, batch: int = 16, seed: int = 0):
-        self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # per class, its indices
+        self.members = [
+            (labels == k).nonzero()[:, 0].cpu() for k in labels.unique()
+        ]  # per class, its indices
         if min(map(len, self.members)) < batch:
-            raise ValueError(f"a class has only {min(map(len, self.members))} images, fewer than one same-class batch of {batch}")
+            raise ValueError(
+                f"a class has only {min(map(len, self.members))} images, fewer than one same-class batch of {batch}"
+            )
         self.batch, self.seed, self.epoch = batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -437,8 +483,12 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data", help="folder that holds, or will hold, cifar-10-batches-bin (default: data)")
-    parser.add_argument("--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file")
+    parser.add_argument(
+        "--data", default="data", help="folder that holds, or will hold, cifar-10-batches-bin (default: data)"
+    )
+    parser.add_argument(
+        "--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file"
+    )
     args = parser.parse_args()
     if args.sheet:
         images, labels = synthetic(400)
@@ -451,7 +501,9 @@ def main() -> None:
         fetch(folder.parent)
     for split in ("train", "validation", "test"):
         images, labels = load(args.data, split)
-        print(f"{split}: {len(images):,} images, {labels.bincount().min()} to {labels.bincount().max()} per class")
+        print(
+            f"{split}: {len(images):,} images, {labels.bincount().min()} to {labels.bincount().max()} per class"
+        )
     print(f"{args.data}: {describe(args.data)['provenance']}")
 
 

@@ -1,7 +1,7 @@
 """A Vision Transformer for one small image, written out; and the plumbing that every training loop here shares.
 
 Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Classifier
-Part 2, the plumbing:                    machine and precision, files, checkpoints, Run (schedule, progress, resume)
+Part 2, the plumbing:                    device and precision, files, checkpoints, Run, the command line
 
 Depends on torch alone: copy this file and use `ViT` in your own code.
 
@@ -15,8 +15,6 @@ P patch size in pixels, S image size in pixels.
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
 import hashlib
 import io
 import json
@@ -25,26 +23,25 @@ import os
 import pathlib
 import platform
 import shlex
-import signal
+import shutil
 import sys
-import threading
 import time
-import warnings
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Part 1: the network
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2).
 
-    Every token asks a question (query), offers a label (key) and carries a message (value). A token's output is the
-    average of all messages, weighted by how well their labels answer its question:
+    Every token asks a question (query), says what it is about (key) and carries a message (value). A token's output
+    is the average of all messages, weighted by how well their keys answer its question:
 
         attention(Q, K, V) = softmax(Q K^T / sqrt(D / H)) V
 
@@ -56,18 +53,21 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)  # the three projections side by side: one big matmul is faster than three
+        self.qkv = nn.Linear(
+            dim, 3 * dim
+        )  # three projections side by side: one big matmul is faster than three
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, D] -> the attended tokens [B, T, D] and the attention weights [B, H, T, T] (rows sum to one)."""
+        """x: [B, T, D] -> attended tokens [B, T, D], attention weights [B, H, T, T] (rows sum to one)."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # [B, T, 3, H, D/H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
-        # without the scale the scores' variance grows with D/H, the softmax saturates and its gradient vanishes
+        # without the scale the scores' variance grows with D/H, the softmax saturates, its gradient vanishes
         scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # [B, H, T, T]
         weights = scores.softmax(dim=-1)
-        out = (weights @ v).transpose(1, 2).reshape(B, T, D)  # [B, H, T, D/H] -> [B, T, H, D/H] -> [B, T, D]
+        out = weights @ v  # [B, H, T, D/H]
+        out = out.transpose(1, 2).reshape(B, T, D)  # [B, T, H, D/H] -> [B, T, D]
         return self.proj(out), weights
 
 
@@ -77,8 +77,8 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged; this is
-    why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al. 2020).
+    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged; this
+    is why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al. 2020).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -106,35 +106,46 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a short sentence of patches.
 
-    The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token is put in
-    front, where it collects what describes the whole image; learned positions are added, since attention by itself
-    doesn't know where a token came from. The default (S 32, P 8) makes 16 patches, 17 tokens, 1.2 M parameters.
+    The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token is put
+    in front, where it collects what describes the whole image; learned positions are added, since attention by
+    itself doesn't know where a token came from. The default makes 16 patches, 17 tokens, 1.2 M parameters.
     """
 
-    def __init__(self, image_size: int = 32, patch_size: int = 8, dim: int = 128, depth: int = 6, heads: int = 4, stem: bool = False):
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 8,
+        dim: int = 128,
+        depth: int = 6,
+        heads: int = 4,
+        stem: bool = False,
+    ):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
-        self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "stem": stem}
-        self.patches = patches = (image_size // patch_size) ** 2
+        self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
+        self.config |= {"heads": heads, "stem": stem}
+        self.patches = (image_size // patch_size) ** 2
         # a convolution whose stride is its kernel size = the same linear map applied to every patch
-        self.patch_embedding = ConvStem(patch_size, dim) if stem else nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        linear = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size) if not stem else None
+        self.patch_embedding = ConvStem(patch_size, dim) if stem else linear
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + patches, dim))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + self.patches, dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        for p in (self.cls, self.positions):
-            nn.init.trunc_normal_(p, std=0.02)
+        nn.init.trunc_normal_(self.cls, std=0.02)
+        nn.init.trunc_normal_(self.positions, std=0.02)
         self.apply(init_linear)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the first block reads: images [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS."""
+        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS."""
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
-        return torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions  # [B, 1 + N, D]
+        cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
+        return torch.cat([cls, x], dim=1) + self.positions  # [B, 1 + N, D]
 
     def forward(self, images: torch.Tensor, trace: list | None = None) -> torch.Tensor:
-        """images: [B, 3, S, S], values in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
+        """images: [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x, trace)
@@ -142,22 +153,26 @@ class ViT(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """A patch embedding that looks for edges first: a 3x3 convolution, a non-linearity, then the linear map of a patch.
+    """A patch embedding that looks for edges first: 3x3 convolution, non-linearity, then the linear map of a patch.
 
-    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in this one
-    every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen next door.
+    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in this
+    one every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen next door.
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32):
         super().__init__()
         self.patch = patch
-        self.layers = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, dim, patch))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, dim, patch)
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: [B, 3, S, S] -> [B, D, S/P, S/P]."""
         B, P, side = len(images), self.patch, images.shape[-1] // self.patch
-        x = images.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, P, P)  # [B*N, 3, P, P]
-        return self.layers(x).view(B, side, side, -1).permute(0, 3, 1, 2)  # [B*N, D, 1, 1] -> [B, D, S/P, S/P]
+        x = images.view(B, 3, side, P, side, P)  # [B, 3, row, P, column, P]
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, P, P)  # [B*N, 3, P, P]
+        x = self.layers(x)  # [B*N, D, 1, 1]
+        return x.view(B, side, side, -1).permute(0, 3, 1, 2)  # [B, D, S/P, S/P]
 
 
 def standardise(images: torch.Tensor) -> torch.Tensor:
@@ -173,30 +188,33 @@ def init_linear(module: nn.Module) -> None:
 
 
 class ModelM(nn.Module):
-    """Model M: an encoder with two heads that need no labels.
+    """Model M: an encoder with heads that need no labels.
 
     Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head reads
-    the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
+    the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token. For InfoNCE
+    there is a projector, an MLP that is thrown away afterwards: it may forget what the encoder should keep.
     """
 
-    def __init__(self, encoder: ViT):
+    def __init__(self, encoder: ViT, projector: bool = False):
         super().__init__()
         dim, patch = encoder.config["dim"], encoder.config["patch_size"]
         self.encoder = encoder
         self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
         self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
-        self.projector = None  # a third head, for InfoNCE, where a stage puts one
+        if projector:
+            self.projector = nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
+        else:
+            self.projector = None
 
-    def forward(self, images: torch.Tensor, masked: torch.Tensor | None = None):
-        """images: [B, 3, S, S]; masked: [B, M] patch indices -> angle logits [B, 4], pixels [B, M, 3*P*P], and the projected
-        CLS [B, E] or, without projector, None. Without `masked`, the projected CLS alone."""
+    def forward(self, images: torch.Tensor, masked: torch.Tensor):
+        """images: [B, 3, S, S]; masked: [B, M] patch indices
+        -> angle logits [B, 4], pixels [B, M, 3*P*P], projected CLS [B, E] (None without a projector)."""
         tokens = self.encoder(images)
         cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
-        z = self.projector(cls) if self.projector else None  # [B, E]
-        if masked is None:
-            return z
-        at = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
-        return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, at)), z
+        index = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
+        pixels = self.reconstruction_head(patches.gather(1, index))  # [B, M, 3*P*P]
+        embedding = self.projector(cls) if self.projector else None  # [B, E]
+        return self.rotation_head(cls), pixels, embedding
 
 
 class Classifier(nn.Module):
@@ -212,12 +230,40 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images)[:, 0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Part 2: the plumbing. Nothing below is about transformers.
-# ----------------------------------------------------------------------------------------------------------------------
+#
+# Under torchrun, PyTorch's launcher, every process holds the whole data set, draws the same random numbers and
+# augments the whole batch (cheap beside the network); then each trains on its `share`, `parallel` averages the
+# gradients, and InfoNCE, whose negatives are all other images of the batch, needs `gather`. A single process gets
+# from these three what it gave them.
+# ---------------------------------------------------------------------------------------------------------
 
-# torchrun, PyTorch's launcher, tells each process its number and how many there are; only the first one prints and writes
-RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # only process 0 prints and writes
+PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
+
+
+def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
+    """Called like `model`, it averages the gradients of all processes in backward (some_idle: not all get one)."""
+    if PROCESSES == 1:
+        return model
+    gpu = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
+
+
+def share(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """This process's part of a batch whose images lie along `dim`."""
+    return x.chunk(PROCESSES, dim)[RANK]
+
+
+def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The inverse of `share`: the parts of all processes, joined; gradients find their way back to each."""
+    if PROCESSES == 1:
+        return x
+    import torch.distributed.nn.functional
+
+    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()), dim)
 
 
 class Machine:
@@ -225,112 +271,64 @@ class Machine:
 
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and PROCESSES == 1 else "cpu"
-        if device.startswith("cuda") and PROCESSES > 1:
+            device = "cpu"
+            if torch.backends.mps.is_available() and PROCESSES == 1:
+                device = "mps"
+            if torch.cuda.is_available():
+                device = "cuda"
+        if device == "cuda" and PROCESSES > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
         try:
-            torch.empty(1, device=device)
+            self.device = torch.empty(1, device=device).device
         except (RuntimeError, AssertionError) as error:
-            sys.exit(f"the device {device!r} can't be used on this machine ({str(error).splitlines()[0]}); try --device cpu")
-        self.device = torch.device(device)
+            first = str(error).splitlines()[0]
+            sys.exit(f"the device {device!r} can't be used on this machine ({first}); try --device cpu")
         if PROCESSES > 1 and not dist.is_initialized():
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
-        torch.manual_seed(seed)  # initial weights; everything drawn later comes from the run's own generator
-        why = "as asked"
-        if precision == "auto":
-            choice = [*faster_precision(self.device)]
-            if PROCESSES > 1:  # all take what the first one found
-                dist.broadcast_object_list(choice)
-            precision, why = choice
-        self.precision, self.seed = precision, seed
-        self.eval_batch = 125 if self.device.type == "cpu" else 1000  # small: activations fit a CPU's cache; a GPU wants work
-        kind = {"cuda": lambda: torch.cuda.get_device_name(self.device), "mps": lambda: "Apple GPU"}.get(self.device.type, processor_name)()
-        self.name = f"{self.device.type} ({kind}, {torch.get_num_threads()} CPU threads{f' in each of {PROCESSES} processes' if PROCESSES > 1 else ''})"
+        torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
+        choice = [precision, "as asked"] if precision != "auto" else [*faster_precision(self.device)]
+        if PROCESSES > 1:
+            dist.broadcast_object_list(choice)  # all take what process 0 found
+        self.precision, why = choice
+        self.seed = seed
+        self.eval_batch = 125 if device == "cpu" else 1000  # small: the activations fit a CPU's cache
+        chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
+        self.name = f"{self.device.type} ({chip}, {torch.get_num_threads()} CPU threads"
+        self.name += f" in each of {PROCESSES} processes)" if PROCESSES > 1 else ")"
         print(f"{self.name}, {self.precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
 
     def autocast(self):
-        """Context in which matmuls run in bfloat16 where that was chosen; weights and the residual stream stay float32."""
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    # The rest is for `torchrun`; a single process gets everything back as it gave it. Every process holds the whole data
-    # set, draws the same random numbers and augments the whole batch (cheap beside the network); then each takes its share.
-
-    def parallel(self, model: nn.Module, some_idle: bool = False) -> nn.Module:
-        """The model for a training step: called like `model`, it averages the gradients of all processes in backward.
-        `some_idle`: it has parameters that the step does not use."""
-        if PROCESSES == 1:
-            return model
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of CLS, which is one for the whole batch: harmless
-        gpu = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
-
-    def part(self, *tensors: torch.Tensor | None, views: int = 1) -> list[torch.Tensor | None]:
-        """This process's part of a global batch: of each tensor [views * B, ...] the rows [views * B / processes, ...]."""
-        if PROCESSES == 1:
-            return list(tensors)
-        return [t if t is None else t.unflatten(0, (views, PROCESSES, -1))[:, RANK].flatten(0, 1) for t in tensors]
-
-    def gather(self, x: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """The inverse of `part`: the parts [views * b, ...] of all processes, joined to [views * b * processes, ...].
-
-        InfoNCE needs it. An image's negatives are all other images of the batch; a process that knew only its own share
-        would have fewer of them, an easier task, and the mean of the gradients of such losses is not the gradient of the
-        whole batch's loss, because a softmax over some of the scores is not a part of the softmax over all. So every
-        process computes the whole loss, and from it the gradient of its own part, in all the part's roles. Together they
-        are the gradient; since `parallel` will take their mean instead of their sum, they are multiplied by their number.
-        """
-        if PROCESSES == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(PROCESSES)]
-        dist.all_gather(parts, x.detach().contiguous())
-        x.register_hook(lambda gradient: gradient * PROCESSES)
-        parts[RANK] = x  # the others' are constants here
-        parts = [part.unflatten(0, (views, -1)) for part in parts]  # each [views, b, ...]
-        return torch.stack(parts, dim=1).flatten(0, 2)  # [views, processes, b, ...] -> [views * processes * b, ...]
-
-    def shared_out(self, number: int, batch: int, function) -> torch.Tensor:
-        """Evaluate `function` on the indices 0 to number - 1, a batch at a time, each by one process: rows [number, K] for all."""
-        mine = every = torch.arange(number, device=self.device)
-        if number >= PROCESSES:
-            mine = every.tensor_split(PROCESSES)[RANK]
-        rows = torch.cat([function(index) for index in mine.split(batch)])  # [n, K]
-        if len(mine) == number:
-            return rows
-        whole = rows.new_zeros(number, *rows.shape[1:])
-        whole[mine] = rows
-        dist.all_reduce(whole)  # every row is filled in by one process and zero in all others
-        return whole
+        """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
-    """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and a few words why.
+    """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
-    Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 25
-    times slower. So little work tells them apart: the best of a few products in each precision, in turns, 0.2 s in all.
-    On a CPU one thread's own time counts, which stays the same however busy the machine is.
+    Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to
+    25 times slower. So little work tells them apart: the best of a few products in each, in turns, 0.2 s in all. On
+    a CPU one thread's own time counts, which stays the same however busy the machine is.
     """
     on_cpu = device.type == "cpu"
     clock = time.thread_time if on_cpu else time.perf_counter
     size = 384 if on_cpu else 4096
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seconds = {"float32": math.inf, "bfloat16": math.inf}
+    end = time.perf_counter() + 0.1
+    torch.set_num_threads(1)
     try:
-        matrix = torch.ones(size, size, device=device)  # nothing is drawn: a seed's numbers are for the experiment
-        end = time.perf_counter() + 0.1
+        matrix = torch.ones(
+            size, size, device=device
+        )  # nothing is drawn: a seed's numbers are the experiment's
         for k in range(5):
             for precision in seconds:
                 start = clock()
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     (matrix @ matrix)[0, 0].item()  # .item() waits for the device
                 seconds[precision] = min(seconds[precision], clock() - start)
-            if k and time.perf_counter() > end:
+            if k > 0 and time.perf_counter() > end:
                 break
     except Exception:  # MPS before macOS 14: TypeError, some old GPUs: RuntimeError
         return "float32", "bfloat16 does not work here"
@@ -351,7 +349,7 @@ def processor_name() -> str:
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
     """Write all of `content` or nothing: readers see the old file until the new one is complete and on disk."""
-    if RANK:
+    if RANK > 0:
         return
     part = path.with_name(path.name + ".part")
     try:
@@ -362,25 +360,8 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        if part.exists():
-            part.unlink()
-        sys.exit(f"can't write {path}: {error.strerror}; free some space or choose another --out, then type the same command")
-
-
-def lock_folder(out: pathlib.Path) -> None:
-    """Refuse a second run in the folder `out`; the system gives the lock back however this process ends."""
-    import fcntl  # not on plain Windows; WSL has it
-
-    if RANK:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock_folder.held = open(out / ".lock", "w")  # stays open, and so locked, until the process ends
-        fcntl.flock(lock_folder.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
-    except OSError as error:
-        sys.exit(f"can't write to the folder {out}: {error.strerror}; choose another --out")
+        part.unlink(missing_ok=True)
+        sys.exit(f"can't write {path}: {error.strerror}; make room or choose another --out, then try again")
 
 
 def write_tensors(path: pathlib.Path, state: dict) -> None:
@@ -390,13 +371,260 @@ def write_tensors(path: pathlib.Path, state: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def write_npz(path: pathlib.Path, **arrays) -> None:
-    """Keep the arrays (tensors, numbers or strings) that a figure needs beside the checkpoint."""
-    import numpy
+def read_checkpoint(path: str | pathlib.Path) -> dict:
+    """The contents of a checkpoint written by `Run`; SystemExit with one sentence where the file is none.
 
-    buffer = io.BytesIO()
-    numpy.savez_compressed(buffer, **{name: x.cpu().numpy() if torch.is_tensor(x) else numpy.asarray(x) for name, x in arrays.items()})
-    write_file(path, buffer.getvalue())
+    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"there is no checkpoint {path}; a stage makes one, `python ssl.py pretrain` the first")
+    except Exception:  # torch.load raises many kinds of error on a file that isn't its own
+        sys.exit(
+            f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote"
+        )
+    if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
+        sys.exit(f"{path} is not a checkpoint of this project: it lacks what `Run` saves")
+    return state
+
+
+def load_encoder(path: str | pathlib.Path) -> ViT:
+    """The encoder stored in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*)."""
+    state = read_checkpoint(path)
+    if not state["config"]:
+        sys.exit(f"{path} holds a model of another library, not an encoder of this project")
+    encoder = ViT(**state["config"])
+    weights = {name.removeprefix("video."): value for name, value in state["model"].items()}
+    found = {name[8:]: value for name, value in weights.items() if name.startswith("encoder.")}
+    encoder.load_state_dict(found)
+    return encoder
+
+
+def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, stem: bool) -> ViT:
+    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder."""
+    if not checkpoint:
+        try:
+            return ViT(patch_size=patch or 8, dim=dim or 128, stem=stem)
+        except ValueError as error:
+            sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
+    encoder = load_encoder(checkpoint)
+    asked = {"patch_size": patch, "dim": dim, "stem": stem or None}
+    for name, value in asked.items():
+        if value not in (None, encoder.config[name]):
+            option = name.removesuffix("_size")
+            sys.exit(
+                f"the encoder in {checkpoint} has --{option} {encoder.config[name]}, not {value}; leave it out"
+            )
+    return encoder
+
+
+class Run:
+    """One training run, which can be stopped at any moment and goes on when the same command is typed again.
+
+    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt, one file. So a
+    resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights bit by bit.
+    """
+
+    def __init__(
+        self,
+        args,
+        name: str,
+        model: nn.Module,
+        machine: Machine,
+        encoder: ViT,
+        steps: int,
+        also: dict | None = None,
+    ):
+        """`encoder`: the one in the model, or that it was made from; `steps` of an epoch; `also`: settings that are
+        no options."""
+        if steps < 1:
+            sys.exit(f"{name}: the images are fewer than one batch of {args.batch}; choose a smaller one")
+        self.path = pathlib.Path(args.out) / f"{name}.pt"
+        self.name, self.model, self.machine, self.args, self.steps = name, model, machine, args, steps
+        self.settings = settings(args, encoder) | (also or {})
+        self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
+        # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
+        decayed, others = [], []
+        for key, p in model.named_parameters():
+            is_matrix = p.ndim > 1 and not key.endswith(("cls", "positions"))
+            (decayed if is_matrix else others).append(p)
+        groups = [
+            {"params": decayed, "weight_decay": args.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
+        self.epoch, self.seconds, self.history = (
+            0,
+            0.0,
+            {},
+        )  # finished epochs, time, metric -> means of epochs
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f"{name}: {encoder.patches} patches + CLS, {millions:.1f} M parameters, {args.epochs} epochs of {steps} steps"
+        )
+        if args.warmup >= args.epochs:
+            print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
+        if self.path.exists() and not args.fresh:
+            self.resume()
+        self.begin_epoch()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint of an earlier start of this run."""
+        state = read_checkpoint(self.path)
+        before, now = state["settings"] | {"device": state["device"]}, dict(self.settings)
+        if state["optimizer"]:
+            now["device"] = self.machine.device.type  # in mid-run: a random generator can't go on elsewhere
+        for key in now:
+            if before.get(key) != now[key]:
+                sys.exit(
+                    f"{self.path} was made with another {key.replace('_', '-')}: {before.get(key)}, not {now[key]}; "
+                    "add --fresh to start over, or choose another --out or --name"
+                )
+        self.model.load_state_dict(state["model"])
+        self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
+        if not state["optimizer"]:  # not kept once a run is finished
+            print(
+                f"{self.name}: finished before, taken from {self.path} (--fresh trains anew, with the code as it is)"
+            )
+            return
+        print(f"{self.name}: going on after epoch {self.epoch} of {self.args.epochs} in {state['precision']}")
+        self.machine.precision = state["precision"]  # another one would be another run
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+    def summary(self) -> dict:
+        """What a row of results.json says of its training."""
+        last = {key: self.history[key][-1] for key in ("train", "validation") if key in self.history}
+        return last | {"epochs": self.epoch, "seconds": self.seconds, "weights": fingerprint(self.path)}
+
+    def begin_epoch(self) -> None:
+        """Nothing of the epoch that comes is done yet."""
+        self.batches, self.metrics, self.started, self.shown = 0, {}, time.perf_counter(), time.perf_counter()
+
+    def set_learning_rate(self) -> None:
+        """Linear warm-up, then half a cosine down to zero, over all steps of the run."""
+        done, total = self.epoch * self.steps + self.batches, self.args.epochs * self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * schedule(done, total, int(self.args.warmup * self.steps))
+
+    def log(self, **metrics: torch.Tensor) -> None:
+        """Note a batch's loss and other scalars; once a second show their means so far."""
+        for key, value in metrics.items():
+            self.metrics.setdefault(key, []).append(value.detach().float())
+        self.batches += 1
+        if time.perf_counter() - self.shown > 1:  # not at every batch: reading the values makes a GPU wait
+            self.shown = time.perf_counter()
+            show(self.line(self.means()))
+
+    def means(self) -> dict[str, float]:
+        """Every metric's mean over this process's batches so far; SystemExit where the loss is not finite."""
+        values = {key: torch.stack(noted).cpu() for key, noted in self.metrics.items()}
+        bad = (~torch.isfinite(values["loss"])).nonzero()
+        if len(bad):
+            sys.exit(
+                f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
+                "the last good epoch, if any, is kept; try a smaller --lr with --fresh"
+            )
+        return {key: value.mean().item() for key, value in values.items()}
+
+    def line(self, metrics: dict[str, float]) -> str:
+        """The progress line: where the run is, how fast, and how long the rest will take."""
+        seconds = time.perf_counter() - self.started
+        left = ((self.args.epochs - self.epoch) * self.steps - self.batches) * seconds / self.batches
+        values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
+        speed = f"{self.batches * self.args.batch / seconds:.0f} images/s"
+        return f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}  {speed}  {minutes(left)} left"
+
+    def save(self, **measured: float) -> None:
+        """End an epoch: show and keep its means and what was measured after it; write the checkpoint."""
+        metrics = self.means()
+        if PROCESSES > 1:
+            everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
+            dist.all_reduce(everywhere)
+            metrics = dict(zip(metrics, everywhere.tolist()))
+        metrics |= measured
+        show(self.line(metrics), last=True)
+        for key, value in metrics.items():
+            self.history.setdefault(key, []).append(value)
+        self.epoch, self.seconds = self.epoch + 1, self.seconds + time.perf_counter() - self.started
+        state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings")}
+        state |= {"device": self.machine.device.type, "precision": self.machine.precision}
+        state |= {
+            "model": self.model.state_dict(),
+            "generator": self.generator.get_state(),
+            "optimizer": None,
+        }
+        encoder = getattr(self.model, "encoder", None)  # a model of another library has none
+        state["config"] = encoder.config if encoder else None
+        if self.args.keep_epochs:
+            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
+        if self.epoch < self.args.epochs:
+            state["optimizer"] = self.optimizer.state_dict()
+        write_tensors(self.path, state)
+        self.begin_epoch()
+
+
+def settings(args: argparse.Namespace, encoder: ViT) -> dict:
+    """What makes a run another one: the options, less those that leave the weights alone; of a file its contents."""
+    harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
+    found = {key: value for key, value in vars(args).items() if key not in harmless}
+    for key in {"init", "checkpoint", "captions"} & found.keys():
+        found[key] = fingerprint(found[key] or "")
+    shape = {
+        "dim": "dim",
+        "patch": "patch_size",
+        "stem": "stem",
+    }  # said or left to the default, it is the same run
+    return found | {key: encoder.config[name] for key, name in shape.items()}
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the full learning rate at `step`: linear warm-up, then half a cosine to zero (SGDR, 2017)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def minutes(seconds: float) -> str:
+    """83 -> "1:23"."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+
+def show(line: str, last: bool = False) -> None:
+    """Draw a progress line over the one before, as wide as the terminal; a log gets only the last one."""
+    width = shutil.get_terminal_size().columns - 1
+    if sys.stdout.isatty():
+        print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
+    elif last:
+        print(line, flush=True)
+
+
+class Progress:
+    """A progress line for work that is no training: `total` pieces of `what`."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.started = what, total, 0, time.perf_counter()
+
+    def advance(self, pieces: int) -> None:
+        """So many more are done."""
+        self.done += pieces
+        rate = self.done / (time.perf_counter() - self.started)
+        left = minutes((self.total - self.done) / rate)
+        show(
+            f"{self.done:,} of {self.total:,} {self.what}, {rate:.0f}/s, {left} left", self.done == self.total
+        )
+
+
+def fingerprint(*paths: str | pathlib.Path) -> str:
+    """A short hash of the files' contents, to tell which weights a number came from ("" for no file)."""
+    files = [pathlib.Path(path) for path in paths if pathlib.Path(path).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
 
 
 def read_results(out: str | pathlib.Path) -> dict:
@@ -405,40 +633,39 @@ def read_results(out: str | pathlib.Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
 
-def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, **row) -> None:
-    """Put one measured row into results.json: `value` (a fraction), what else the row says, and the command typed.
-
-    `about`: {"dataset", "provenance"}, from data.describe. A row measured on the validation split says so in its name.
-    """
-    from importlib.metadata import version
-
-    results, out = read_results(args.out), pathlib.Path(args.out)
-    packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
-    measured_by = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
-    results |= about | measured_by | {"versions": {"python": platform.python_version()}}
-    for package in packages:
-        with contextlib.suppress(ImportError):
-            results["versions"][package] = version(package)
-    results["rows"][row_name(args, name)] = measured_by | row | {"memory_gb": memory_gb(), "split": args.split, "command": typed()}
-    write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
-
-
-def memory_gb() -> float:
-    """The most memory that this process has occupied so far (on a GPU: of the machine, not of the GPU)."""
-    import resource  # not on plain Windows; WSL has it
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)  # macOS says bytes
-
-
 def row_name(args: argparse.Namespace, name: str) -> str:
-    """A row's name in results.json."""
+    """A row's name in results.json: one measured on the validation split says so."""
     return name if args.split == "test" else f"{name}_{args.split}"
 
 
 def arrays_path(args: argparse.Namespace, name: str) -> pathlib.Path:
-    """Where the arrays lie that a row's stage keeps for the figures; like rows, those of validation and test apart."""
+    """Where a row's arrays for the figures lie."""
     return pathlib.Path(args.out) / f"{row_name(args, name)}.npz"
+
+
+def write_arrays(path: pathlib.Path, **arrays) -> None:
+    """Keep arrays (tensors, numbers or strings) as .npz, all or nothing."""
+    import numpy
+
+    buffer = io.BytesIO()
+    arrays = {key: x.cpu().numpy() if torch.is_tensor(x) else numpy.asarray(x) for key, x in arrays.items()}
+    numpy.savez_compressed(buffer, **arrays)
+    write_file(path, buffer.getvalue())
+
+
+def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, **row) -> None:
+    """Put one row into results.json: `value` (a fraction), what else the row says, the command typed.
+
+    `about`: {"dataset", "provenance"}, from data.describe.
+    """
+    results = read_results(args.out)
+    packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
+    where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
+    versions = {package: version(package) for package in packages}
+    results |= about | where | {"versions": {"python": platform.python_version()} | versions}
+    results["rows"][row_name(args, name)] = where | row | {"split": args.split, "command": typed()}
+    write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
 
 
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
@@ -452,306 +679,88 @@ def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
 
 def typed() -> str:
     """The command line that started this."""
-    return shlex.join([*(["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]), *sys.argv])
-
-
-def fingerprint(*checkpoints: str) -> str:
-    """A short hash of the checkpoints' contents, to tell which weights a number came from ("" for no file)."""
-    files = [pathlib.Path(c) for c in checkpoints if pathlib.Path(c).is_file()]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12] if files else ""
-
-
-def read_checkpoint(path: str | pathlib.Path) -> dict:
-    """The contents of a checkpoint written by `Run`; one clear sentence where the file is not such a checkpoint.
-
-    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"there is no checkpoint {path}; a stage of this project makes one, `python ssl.py pretrain` the first")
-    except Exception:  # torch.load raises many kinds of error on a file that isn't its own
-        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote")
-    if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
-        sys.exit(f"{path} is not a checkpoint of this project: it lacks what `Run` saves")
-    return state
-
-
-def load_encoder(path: str | pathlib.Path) -> ViT:
-    """The encoder stored in a checkpoint of any stage (its weights are named encoder.*)."""
-    state = read_checkpoint(path)
-    if not state["config"]:
-        sys.exit(f"{path} holds a model of another library, not an encoder of this project")
-    encoder = ViT(**state["config"])
-    weights = {k.removeprefix("video."): v for k, v in state["model"].items()}  # multimodal.py's model holds video.py's
-    encoder.load_state_dict({k[8:]: v for k, v in weights.items() if k.startswith("encoder.")})
-    return encoder
-
-
-def make_encoder(args: argparse.Namespace, checkpoint: str | None) -> ViT:
-    """The encoder in `checkpoint`; without one, a new random encoder of --dim and --patch."""
-    if checkpoint:
-        encoder = load_encoder(checkpoint)
-        if args.stem and not encoder.config["stem"]:
-            sys.exit(f"the encoder in {checkpoint} has no --stem; leave the option out, or choose another checkpoint")
-        for option, asked, found in (("dim", args.dim, encoder.config["dim"]), ("patch", args.patch, encoder.config["patch_size"])):
-            if asked not in (None, found):
-                sys.exit(f"the encoder in {checkpoint} has --{option} {found}, not {asked}; leave the option out, or choose another checkpoint")
-    else:
-        try:
-            encoder = ViT(patch_size=args.patch or 8, dim=args.dim or 128, stem=args.stem)
-        except ValueError as error:
-            sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    args.dim, args.patch, args.stem = (encoder.config[k] for k in ("dim", "patch_size", "stem"))  # said or not, it is the same run
-    return encoder
-
-
-class Run:
-    """One training run that can be stopped at any moment and resumed by typing the same command.
-
-        run = Run(args, "finetune", model, machine, steps_per_epoch)
-        for epoch in run.epochs():                    # goes on after the last finished epoch
-            for index in run.steps(batches):          # draws the progress line
-                with machine.autocast():
-                    output = model(...)
-                loss = ...
-                loss.backward()
-                run.step(loss=loss)                   # clip, learning rate, AdamW, metrics
-
-    After each epoch the weights, optimiser, random generator and metrics are saved to out/NAME.pt as one file, so a
-    resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights bit for bit.
-    """
-
-    def __init__(self, args: argparse.Namespace, name: str, model: nn.Module, machine: Machine, steps_per_epoch: int):
-        if steps_per_epoch < 1:
-            sys.exit(f"{name}: fewer images than one batch of {args.batch}; choose a smaller --batch")
-        if args.batch % PROCESSES:
-            sys.exit(f"{name}: --batch {args.batch} can't be shared out evenly among {PROCESSES} processes; choose another --batch")
-        self.path = pathlib.Path(args.out) / f"{name}.pt"
-        self.name, self.model, self.machine, self.steps_per_epoch = name, model, machine, steps_per_epoch
-        self.total, self.batch, self.lr, self.warmup = args.epochs, args.batch, args.lr, args.warmup
-        self.epoch, self.seconds, self.history = 0, 0.0, {}  # finished epochs, time spent, metric -> mean of each epoch
-        self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
-        # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
-        decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(("cls", "positions"))]
-        other = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(("cls", "positions"))]
-        groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
-        # what the command line asked for, less what does not change the weights (or, as precision, goes on as it began); a
-        # start file counts by its contents
-        loose = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
-        self.keep_epochs = args.keep_epochs
-        self.settings = {k: v for k, v in vars(args).items() if k not in loose}
-        self.settings |= {k: fingerprint(self.settings[k] or "") for k in ("init", "checkpoint", "captions") if k in self.settings}
-        if self.path.exists() and not args.fresh:
-            self._resume()
-
-    @property
-    def finished(self) -> bool:
-        """True when all epochs are done; the loop then has nothing to do."""
-        return self.epoch >= self.total
-
-    def epochs(self):
-        """Yield the epochs still to do; save after each."""
-        start, already = time.perf_counter(), self.seconds
-        if self.finished:
-            print(f"{self.name}: finished before, taken from {self.path}", flush=True)
-        elif self.epoch:
-            print(f"{self.name}: going on after epoch {self.epoch} of {self.total}", flush=True)
-        while not self.finished:
-            self.metrics, self.done = {}, 0
-            self.model.train()
-            yield self.epoch
-            self.seconds = already + time.perf_counter() - start
-            for key, value in self._means(everywhere=True).items():
-                self.history.setdefault(key, []).append(value)
-            self.epoch += 1
-            self._save()
-
-    def steps(self, batches):
-        """Yield the batches of one epoch, telling progress, metrics, speed and time left for the whole run."""
-        start = shown = time.perf_counter()
-        terminal = sys.stdout.isatty()
-        for batch in batches:
-            yield batch
-            now = time.perf_counter()
-            last = self.done == self.steps_per_epoch
-            if last or (terminal and now - shown > 1):  # reading the metrics makes a GPU wait, so only now and then
-                shown, rate = now, self.done / (now - start)
-                left = ((self.total - self.epoch) * self.steps_per_epoch - self.done) / rate
-                metrics = "  ".join(f"{key} {value:.3f}" for key, value in self._means(everywhere=last).items())
-                line = f"{self.name} epoch {self.epoch + 1}/{self.total}  {metrics}  {rate * self.batch:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
-                print(f"\r{line:<110}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
-
-    def step(self, **metrics: torch.Tensor) -> None:
-        """After loss.backward(): clip, set this step's learning rate, take an AdamW step, note the metrics."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        at = self.epoch * self.steps_per_epoch + self.done
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * schedule(at, self.total * self.steps_per_epoch, int(self.warmup * self.steps_per_epoch))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.note(**metrics)
-        self.done += 1
-
-    def note(self, **metrics: torch.Tensor) -> None:
-        """Keep scalar tensors for this epoch's averages without waiting for the device."""
-        for key, value in metrics.items():
-            self.metrics.setdefault(key, []).append(torch.as_tensor(value).detach().float())
-
-    def _means(self, everywhere: bool = False) -> dict[str, float]:
-        values = {key: torch.stack(list_) for key, list_ in self.metrics.items()}
-        if everywhere and PROCESSES > 1:
-            values = {key: value.to(self.machine.device) / PROCESSES for key, value in values.items()}
-            for value in values.values():
-                dist.all_reduce(value)
-        values = {key: value.cpu() for key, value in values.items()}
-        bad = (~torch.isfinite(values["loss"])).nonzero()
-        if len(bad):
-            sys.exit(f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
-                     "the last good epoch, if any, is kept; try a smaller --lr with --fresh")  # fmt: skip
-        return {key: value.mean().item() for key, value in values.items()}
-
-    def _save(self) -> None:
-        encoder = getattr(self.model, "encoder", None)  # models of another library have none
-        state = {"config": encoder and encoder.config, "model": self.model.state_dict(), "epoch": self.epoch, "optimizer": None,
-                 "settings": self.settings, "generator": self.generator.get_state(), "history": self.history,
-                 "seconds": self.seconds, "device": self.machine.device.type, "precision": self.machine.precision}  # fmt: skip
-        if self.keep_epochs:
-            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
-        write_tensors(self.path, state if self.finished else state | {"optimizer": self.optimizer.state_dict()})
-        if PROCESSES > 1:
-            dist.barrier()  # the file is there before any process goes on
-
-    def _resume(self) -> None:
-        state = read_checkpoint(self.path)
-        changed = [k for k, v in self.settings.items() if state["settings"].get(k) != v]
-        if state["optimizer"] and state["device"] != self.machine.device.type:
-            changed.append("device")  # its random generator can't go on elsewhere
-        if changed:
-            sys.exit(f"{self.path} was made with another {changed[0].replace('_', '-')}; "
-                     "add --fresh to start over, or choose another --out or --name")  # fmt: skip
-        self.model.load_state_dict(state["model"])
-        self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
-        if self.machine.precision != state["precision"]:  # going on in another precision would be another run
-            print(f"{self.name}: in {state['precision']}, as it began", flush=True)
-            self.machine.precision = state["precision"]
-        if state["optimizer"]:  # not needed, and not kept, once a run is finished
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generator"])
-
-
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Share of the full learning rate at `step`: linear warm-up, then half a cosine down to zero (SGDR, 2017)."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
-    return int(text)
-
-
-def between(low: float, high: float = math.inf):
-    """For argparse: a function that reads a number from `low` to `high`."""
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be at least {low:g}{f' and at most {high:g}' if high < math.inf else ''}, not {text}")
-        return value
-
-    return number
+    launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
+    return shlex.join([*launcher, *sys.argv])
 
 
 def common_arguments() -> argparse.ArgumentParser:
     """The options of every stage, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--data", default="data", help='folder with cifar-10-batches-bin, or the word "synthetic" (default: data)')
-    p.add_argument("--out", default="runs/mine", help="folder for checkpoints, results.json and figures (default: runs/mine)")
-    p.add_argument("--name", help="name of the checkpoint and of its row in results.json")
-    p.add_argument("--split", choices=["validation", "test"], default="validation", help="where the final accuracy is measured; "
-                   "choose with validation, look at test once (default: validation)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
-    p.add_argument("--limit", type=positive, help="use only so many images of each split (default: all)")
-    p.add_argument("--dim", type=positive, help="width of a new encoder (default: 128)")
-    p.add_argument("--patch", type=positive, help="patch size of a new encoder in pixels (default: 8)")
-    p.add_argument("--stem", action="store_true", help="give a new encoder a small convolution inside each patch (default: none)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
-    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster, by measurement")
+    add = p.add_argument
+    add("--data", default="data", help='folder with cifar-10-batches-bin, or "synthetic" (default: data)')
+    add("--out", default="runs/mine", help="folder for checkpoints, results, figures (default: runs/mine)")
+    add("--name", help="name of the checkpoint and of its row in results.json")
+    add("--split", choices=["validation", "test"], default="validation", help="for the final number; choose with "
+        "validation, look at test once (default: validation)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
+    add("--limit", type=int, help="use only so many images of each split (default: all)")
+    add("--dim", type=int, help="width of a new encoder (default: 128)")
+    add("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
+    add("--stem", action="store_true", help="give a new encoder a small convolution inside each patch")
+    add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster")
     return p
 
 
-def training_arguments(epochs: int, lr: float, batch: int | None = 128) -> argparse.ArgumentParser:
-    """The options of every training stage, with this stage's defaults, to be used as a parent parser (batch None: no --batch)."""
+def training_arguments(epochs: int, lr: float, batch: int | None = None) -> argparse.ArgumentParser:
+    """The options of every training stage, with this stage's defaults, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--epochs", type=positive, default=epochs, help="passes over the training images (default: %(default)s)")
+    add = p.add_argument
+    add("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
     if batch:
-        p.add_argument("--batch", type=positive, default=batch, help="images per step (default: %(default)s)")
-    p.add_argument("--lr", type=between(0), default=lr, help="peak learning rate of AdamW (default: %(default)s)")
-    p.add_argument("--weight-decay", type=between(0), default=0.05, help="on matrices only (default: %(default)s)")
-    p.add_argument("--warmup", type=between(0), default=1.0, help="epochs of linear warm-up (default: %(default)s)")
-    p.add_argument("--keep-epochs", action="store_true", help="also keep the checkpoint of every epoch, as NAME-epoch1.pt, NAME-epoch2.pt, ...")
-    p.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+        add("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
+    add("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
+    add("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
+    add("--keep-epochs", action="store_true", help="also keep every epoch's checkpoint, NAME-epoch1.pt, ...")
+    add("--fresh", action="store_true", help="start over instead of going on")
     return p
-
-
-def end(why: str) -> None:
-    """Leave, as another process has; one of those that are left says so."""
-    if RANK == 0 or PROCESSES == 2:
-        print(f"another process of this run has ended ({why}); the same command goes on after the last finished epoch", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def watch_for_the_end() -> None:
-    """Under torchrun: be told when another process has died, which it does by SIGTERM, even while a GPU keeps us waiting."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # so that it goes to the thread that waits for it
-    threading.Thread(target=lambda: end(signal.Signals(signal.sigwait([signal.SIGTERM])).name), daemon=True).start()
 
 
 def command(parser: argparse.ArgumentParser) -> None:
     """Run the stage that the command line names; its parser has set `run` to the function."""
-    if PROCESSES > 1:
-        watch_for_the_end()
-    if RANK:
+    import filelock  # comes with torch
+
+    args = parser.parse_args()
+    out = pathlib.Path(args.out)
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
+    lock = filelock.FileLock(out / f".lock{RANK or ''}")
     try:
-        args = parser.parse_args()
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        held = read_results(out).get("dataset")
+        asked = "synthetic" if args.data == "synthetic" else "cifar10"
+        if held not in (None, asked):
+            sys.exit(f"{out} holds results on {held} images, not {asked}; choose another --out or --data")
         if PROCESSES > 1 and not hasattr(args, "epochs"):
             sys.exit("this is no training stage; start it with python instead of torchrun")
-        lock_folder(pathlib.Path(args.out))
-        held, asked = read_results(args.out).get("dataset"), "synthetic" if getattr(args, "data", "") == "synthetic" else "cifar10"
-        if held not in (None, asked):
-            sys.exit(f"{args.out} holds results on {held} images, and --data names those of {asked}; choose another --out or --data")
         args.run(args)
-    except SystemExit as error:
-        if RANK and error.code:
-            time.sleep(2)  # the first process says why
-            sys.exit(1)
-        raise
+    except filelock.Timeout:
+        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
+    except OSError as error:
+        sys.exit(f"can't work in the folder {out}: {error}; choose another --out")
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is saved (in training: the last finished epoch), if typed without --fresh", file=sys.stderr)
+        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
-        if PROCESSES > 1 and any(name in str(error).lower() for name in ("gloo", "nccl", "connection")):
-            end(str(error).splitlines()[0])
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
+        if not any(
+            words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")
+        ):
             raise
-        sys.exit("out of memory; choose a smaller --batch or, for video.py, fewer --clips (with --fresh), or --device cpu")
+        sys.exit(
+            "out of memory; choose a smaller --batch (video.py: fewer --clips) with --fresh, or --device cpu"
+        )
+    finally:
+        lock.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[common_arguments()]).parse_args()
-    Machine(args.device, args.precision, args.seed)
-    encoder = make_encoder(args, None)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[common_arguments()])
+    args = parser.parse_args()
+    encoder = make_encoder(None, args.patch, args.dim, args.stem)
     for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
         print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
     print(encoder)
