@@ -1,20 +1,20 @@
 """What was learned: similarity maps, CKA, every figure and the results table.
 
-    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens, before/after fine-tuning
-    cka        how much does attention change CLS? linear CKA of the residual stream around each attention
-    figures    draw every picture from the files that the stages left (seconds, no training)
-    movie      similarity maps and nearest neighbours epoch by epoch, as a GIF
-    report     write the results table, with its pictures, to report.md
-    publish    bring results/ and the numbers in README.md up to date with the runs
+    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens, before/after
+    fine-tuning cka        how much does attention change CLS? linear CKA of the residual stream around each
+    attention figures    draw every picture from the files that the stages left (seconds, no training) movie
+    similarity maps and nearest neighbours epoch by epoch, as a GIF report     write the results table, with
+    its pictures, to report.md publish    bring results/ and the numbers in README.md up to date with the runs
 
-Depends on vit.py and data.py: copy this file with those two. For CKA alone, the class StreamingCKA needs only torch.
+Depends on vit.py and data.py: copy this file with those two. For CKA alone, the class StreamingCKA needs only
+torch.
 
     python analysis.py maps --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
     python analysis.py cka --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
     python analysis.py figures --out runs/mine
 
-Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA of
-layers). Pillow draws everything: a picture here is an array with text on it.
+Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA
+of layers). Pillow draws everything: a picture here is an array with text on it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import vit
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Similarity maps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def token_similarity(tokens: torch.Tensor) -> torch.Tensor:
-    """Cosine of every token with every other: [B, T, D] -> [B, T, T]. Row 0 without its first entry is CLS' map."""
+    """Cosine of every token with every other: [B, T, D] -> [B, T, T]. Row 0 without its first entry is
+    CLS' map."""
     unit = torch.nn.functional.normalize(tokens, dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
 def focus(maps: torch.Tensor) -> dict[str, float]:
-    """How concentrated CLS-patch maps [n, N] are, averaged over images; a cosine map is no distribution, so it is
-    shifted to a minimum of 0 and scaled to a sum of 1, as the eye does with a colour scale.
+    """How concentrated CLS-patch maps [n, N] are, averaged over images; a cosine map is no distribution, so
+    it is shifted to a minimum of 0 and scaled to a sum of 1, as the eye does with a colour scale.
 
     entropy: of that distribution, as a share of its maximum log N (1: spread evenly, 0: all on one patch)
     best_quarter: mass on the N/4 strongest patches (0.25: spread evenly)
@@ -68,7 +69,8 @@ def focus(maps: torch.Tensor) -> dict[str, float]:
 
 
 def maps(args: argparse.Namespace) -> None:
-    """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for the figure."""
+    """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for
+    the figure."""
     stored = vit.arrays_path(args, "maps")
     if stored.exists() and vit.measured(args, "maps_after", args.before, args.after):
         return
@@ -91,23 +93,25 @@ def maps(args: argparse.Namespace) -> None:
                    precision="float32", weights=vit.fingerprint(args.before, args.after))  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # CKA
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class StreamingCKA:
     """Linear CKA between all pairs of L representations of the same images, adding a batch at a time.
 
-    Linear CKA compares two representations X [n, D1] and Y [n, D2] by their similarity structure over images: it is
-    the cosine of the two (centred) Gram matrices X X^T and Y Y^T. In feature space no n x n matrix is needed:
+    Linear CKA compares two representations X [n, D1] and Y [n, D2] by their similarity structure over images:
+    it is the cosine of the two (centred) Gram matrices X X^T and Y Y^T. In feature space no n x n matrix is
+    needed:
 
         CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
 
-    (Kornblith et al. 2019, equations 3-5). That estimate is biased upwards when n is not much larger than D: even
-    independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by Nguyen et al. 2021) remove
-    the bias by leaving each image's similarity with itself out of the Gram matrices. Their formula, too, is made of
-    sums over images, so both come from the same few D x D accumulators whatever n is.
+    (Kornblith et al. 2019, equations 3-5). That estimate is biased upwards when n is not much larger than D:
+    even independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by Nguyen et
+    al. 2021) remove the bias by leaving each image's similarity with itself out of the Gram matrices. Their
+    formula, too, is made of sums over images, so both come from the same few D x D accumulators whatever n
+    is.
     """
 
     def __init__(self):
@@ -162,10 +166,12 @@ def _pairs(number: int, entry) -> torch.Tensor:
 
 
 def cka(args: argparse.Namespace) -> None:
-    """CKA of CLS across attention, before and after fine-tuning; the whole layer-by-layer matrix for the figure.
+    """CKA of CLS across attention, before and after fine-tuning; the whole layer-by-layer matrix for the
+    figure.
 
-    The report compares CLS before and after the last self-attention block, which can be read in two ways: across the
-    attention's residual sum (the row's value), or across the whole block with its MLP ("whole_block").
+    The report compares CLS before and after the last self-attention block, which can be read in two ways:
+    across the attention's residual sum (the row's value), or across the whole block with its MLP
+    ("whole_block").
     """
     stored = vit.arrays_path(args, "cka")
     if stored.exists() and vit.measured(args, "cka_after", args.before, args.after):
@@ -203,9 +209,9 @@ def cka(args: argparse.Namespace) -> None:
                    weights=vit.fingerprint(args.before, args.after))  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing with Pillow: a page with a title, a caption and a footer that says where the pixels come from
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 INK, GREY, PAPER = (30, 30, 36), (120, 120, 128), (255, 255, 255)
 LINES = [
@@ -265,7 +271,8 @@ class Page:
 
     def chart(self, box: tuple, lines: dict[str, list], title: str, percent: bool = False, ticks: dict[int, str] | None = None,
               below: str = "epoch") -> None:  # fmt: skip
-        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height). `ticks`: place -> its label."""
+        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height). `ticks`: place ->
+        its label."""
         x0, y0, w, h = box
         values = [v for line in lines.values() for v in line]
         low, high = min(values), max(values)
@@ -294,7 +301,8 @@ class Page:
     def heat_map(
         self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0
     ) -> None:
-        """A square matrix in colour, row labels left, column labels below; the entries written into the cells."""
+        """A square matrix in colour, row labels left, column labels below; the entries written into the
+        cells."""
         for i, row in enumerate(matrix):
             for j, v in enumerate(row):
                 at = [x + j * cell, y + i * cell, x + (j + 1) * cell - 1, y + (i + 1) * cell - 1]
@@ -494,7 +502,8 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
 
 
 def draw_clips(args: argparse.Namespace, footer: str) -> Page:
-    """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself, what the clip says."""
+    """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself,
+    what the clip says."""
     stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.class_names(args.data)
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
@@ -553,7 +562,8 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
 
 
 def captioner_of(args: argparse.Namespace) -> str:
-    """Whose captions the pictures show: BLIP's where a run of this split used them, else the small captioner's ("tiny")."""
+    """Whose captions the pictures show: BLIP's where a run of this split used them, else the small
+    captioner's ("tiny")."""
     return "blip" if "fusion_blip" in rows_of(args) else "tiny"
 
 
@@ -654,9 +664,9 @@ def figures(args: argparse.Namespace) -> None:
         print(f"drew {out / 'figures' / name}.png", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The moving picture
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FILM = {"infonce": "learning without labels: InfoNCE", "m_joint": "learning without labels: Model M and InfoNCE",
         "finetune": "fine-tuning on labels"}  # fmt: skip
@@ -665,9 +675,11 @@ FILM = {"infonce": "learning without labels: InfoNCE", "m_joint": "learning with
 def nearest_neighbours(
     queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int = 20
 ) -> torch.Tensor:
-    """The class that most of the k keys of highest cosine have: queries [n, D], keys [m, D], labels [m] -> [n].
+    """The class that most of the k keys of highest cosine have: queries [n, D], keys [m, D], labels [m] ->
+    [n].
 
-    It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4, here without weights).
+    It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4, here without
+    weights).
     """
     unit = torch.nn.functional.normalize
     nearest = (unit(queries, dim=1) @ unit(keys, dim=1).T).topk(k, dim=1).indices  # [n, k]
@@ -675,7 +687,8 @@ def nearest_neighbours(
 
 
 def movie(args: argparse.Namespace) -> None:
-    """Draw similarity maps and nearest neighbours' answers epoch by epoch into figures/learning.gif (needs --keep-epochs)."""
+    """Draw similarity maps and nearest neighbours' answers epoch by epoch into figures/learning.gif (needs
+    --keep-epochs)."""
     out, target = pathlib.Path(args.out), pathlib.Path(args.out) / "figures" / "learning.gif"
     scenes = [("before any training", None)]
     for name, what in FILM.items():
@@ -702,7 +715,11 @@ def movie(args: argparse.Namespace) -> None:
     )  # the second image of each class
     maps, answers, right = [], [], []
     for what, path in scenes:
-        encoder = (vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)).to(machine.device).eval()
+        encoder = (
+            (vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem))
+            .to(machine.device)
+            .eval()
+        )
         with torch.no_grad(), machine.autocast():
             keys, queries = (
                 torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)])
@@ -764,9 +781,9 @@ def movie(args: argparse.Namespace) -> None:
     print(f"drew {target}, {len(frames)} frames, {len(buffer.getvalue()) / 1000:.0f} kB", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The table
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MADE_BY = {"tiny": "small captioner trained here", "blip": "real BLIP"}
 
@@ -827,7 +844,8 @@ TABLE = {
 
 
 def formatted(name: str, value: float, deviation: float | None = None) -> str:
-    """A row's number as tables have it: accuracies in percent, CKA and entropies as they are; where given, with its ±."""
+    """A row's number as tables have it: accuracies in percent, CKA and entropies as they are; where given,
+    with its ±."""
     scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
     spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{unit}"
@@ -921,10 +939,11 @@ def report(args: argparse.Namespace) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Publishing. README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each followed by
-# the number it asks for and <!--/-->. `publish` fills them in from the runs, so no result on those pages is typed.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Publishing. README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each
+# followed by the number it asks for and <!--/-->. `publish` fills them in from the runs, so no result on
+# those pages is typed.
+# ------------------------------------------------------------------------------------------------------------
 
 MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
 
@@ -967,7 +986,8 @@ def filled(page: str, runs: dict[str, dict]) -> str:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and README.md."""
+    """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and
+    README.md."""
     folders = [pathlib.Path(f) for f in args.runs] or sorted(
         f
         for f in pathlib.Path("runs").glob("cifar10-*")

@@ -1,19 +1,21 @@
-"""From disk to a batch on the device: CIFAR-10, a stand-in for it, augmentation, patch masking and rotation, batches.
+"""From disk to a batch on the device: CIFAR-10, a stand-in for it, augmentation, patch masking and rotation,
+batches.
 
 Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in; the three splits
-Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix     (whole batches at a time)
-Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task)
-Part 4, batches:         shuffled batches, SameClassBatchSampler
+Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix     (whole batches at
+a time) Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task) Part 4, batches:
+shuffled batches, SameClassBatchSampler
 
-The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor operations
-on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
+The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor
+operations on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
 
 Depends on torch, numpy and pillow: copy this file alone.
 
     python data.py --data data              # fetch CIFAR-10 into data/ and check it
     python data.py --sheet synthetic.png    # look at the synthetic stand-in
 
-Shape letters: B batch, S image size, P patch size, N patches, M masked patches, C colour channels. Images are [B, 3, S, S].
+Shape letters: B batch, S image size, P patch size, N patches, M masked patches, C colour channels. Images are
+[B, 3, S, S].
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the binary version: labels and pixels, no pickle
+# the binary version: labels and pixels, no pickle
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SIZE = 170_052_171
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
@@ -47,13 +50,14 @@ RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Part 1: data on disk
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
-    """Download, check and unpack the archive so that folder/cifar-10-batches-bin appears last, complete or not at all.
+    """Download, check and unpack the archive so that folder/cifar-10-batches-bin appears last, complete or
+    not at all.
 
     A broken download is picked up where it broke, now or by the next call.
     Raises SystemExit with one sentence: no network, no space, a wrong checksum, not an archive.
@@ -66,7 +70,8 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
         if digest != sha256:
             archive.unlink()
             sys.exit(
-                f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; it was deleted, try again"
+                f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; "
+                "it was deleted, try again"
             )
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -89,9 +94,11 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
 
 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
-    """Append what is missing of `url` to `path`; a connection that breaks is tried again a few times, from where it broke.
+    """Append what is missing of `url` to `path`; a connection that breaks is tried again a few times, from
+    where it broke.
 
-    Where nothing arrives at all the first try is the last: without a network the answer shall come in seconds.
+    Where nothing arrives at all the first try is the last: without a network the answer shall come in
+    seconds.
     """
     reason, at_start = "", path.stat().st_size if path.exists() else 0
     for attempt in range(tries + 1):
@@ -99,8 +106,10 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
         if have >= size:
             return
         if attempt == tries or (attempt and have == at_start):
-            sys.exit(f"can't download {url}: {reason}; go online and type the same command, or unpack the archive yourself into "
-                     f"{path.parent}, or say --data synthetic for drawn shapes")  # fmt: skip
+            sys.exit(
+                f"can't download {url}: {reason}; go online and type the same command, or unpack the archive "
+                f"yourself into {path.parent}, or say --data synthetic for drawn shapes"
+            )
         time.sleep(attempt)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -141,15 +150,19 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
             raw = np.fromfile(folder / name, dtype=np.uint8)
         except OSError:
             first = f"delete {folder}, then " if folder.exists() else ""
-            sys.exit(f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10; or point --data at its folder, "
-                     "or say --data synthetic for drawn shapes")  # fmt: skip
+            sys.exit(
+                f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10; "
+                "or point --data at its folder, or say --data synthetic for drawn shapes"
+            )
         if len(raw) != 10_000 * RECORD:
             sys.exit(
-                f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; delete {folder} and fetch it again"
+                f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; "
+                f"delete {folder} and fetch it again"
             )
         if raw[::RECORD].max() > 9:
             sys.exit(
-                f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; delete {folder} and fetch it again"
+                f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; "
+                f"delete {folder} and fetch it again"
             )
         records.append(raw.reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
@@ -161,10 +174,10 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
-    train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with it
-    test 10,000, the official test set: read once, by the final evaluation
-    `data` is a folder or the word "synthetic"; `limit` keeps so many images (None: all).
-    Raises SystemExit with one sentence on damaged or missing files.
+    train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with
+    it test 10,000, the official test set: read once, by the final evaluation `data` is a folder or the word
+    "synthetic"; `limit` keeps so many images (None: all). Raises SystemExit with one sentence on damaged or
+    missing files.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be train, validation or test, not {split!r}")
@@ -203,8 +216,9 @@ def class_names(data: str) -> list[str]:
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
 
-    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and noise vary
-    from image to image and have nothing to do with the class, so pixel values alone say little about it.
+    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and
+    noise vary from image to image and have nothing to do with the class, so pixel values alone say little
+    about it.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -220,10 +234,18 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor,
     v = (dy * angle.cos() - dx * angle.sin()) / scale
     r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
     petal = 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u))
-    inside = [r < 0.9, (r < 1) & (r > 0.6), box < 0.8, (box < 0.9) & (box > 0.55),
-              (v < 0.6) & (v > 1.9 * u.abs() - 1), (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28), r < petal,
-              (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5), (box < 0.9) & (torch.sin(9 * u) > 0),
-              (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0)]  # fmt: skip
+    inside = [
+        r < 0.9,  # disc
+        (r < 1) & (r > 0.6),  # ring
+        box < 0.8,  # square
+        (box < 0.9) & (box > 0.55),  # frame
+        (v < 0.6) & (v > 1.9 * u.abs() - 1),  # triangle
+        (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28),  # cross
+        r < petal,  # star
+        (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5),  # crescent
+        (box < 0.9) & (torch.sin(9 * u) > 0),  # bars
+        (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0),  # checkers
+    ]
     mask = torch.zeros(number, size, size)  # [n, S, S]
     for k, shape in enumerate(inside):
         mask[labels == k] = shape[labels == k].float()
@@ -238,9 +260,10 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor,
     return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Part 2: augmentation. Every function works on a whole batch and draws from one generator, which checkpoints save.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Part 2: augmentation. Every function works on a whole batch and draws from one generator, which checkpoints
+# save.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def uniform(
@@ -254,7 +277,8 @@ def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pa
     """Random shift by up to `pad` pixels with reflection at the border, and a random mirror image.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1].
-    Rather than padding and cropping, each output row and column looks up the input row and column it comes from.
+    Rather than padding and cropping, each output row and column looks up the input row and column it comes
+    from.
     """
     B, _, S, _ = images.shape
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
@@ -271,7 +295,8 @@ def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pa
 def resized_crop_flip(
     images: torch.Tensor, generator: torch.Generator | None = None, scale: tuple = (0.2, 1.0)
 ) -> torch.Tensor:
-    """A random rectangle of the image (area in `scale`, aspect 3/4 to 4/3) stretched to full size, and maybe mirrored.
+    """A random rectangle of the image (area in `scale`, aspect 3/4 to 4/3) stretched to full size, and maybe
+    mirrored.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A)
     """
@@ -292,7 +317,8 @@ def resized_crop_flip(
 
 @functools.cache
 def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix from RGB to YIQ (brightness and two colour axes) and its inverse, moved to the device only once."""
+    """The matrix from RGB to YIQ (brightness and two colour axes) and its inverse, moved to the device
+    only once."""
     matrix = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     return matrix.to(device), torch.linalg.inv(matrix).to(device)
 
@@ -300,11 +326,13 @@ def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def colour_jitter(
     images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0
 ) -> torch.Tensor:
-    """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then greyscale.
+    """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then
+    greyscale.
 
-    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a pixel, so
-    they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation scales them.
-    80 % of the images are distorted, 20 % made grey. A `strength` of 1 is the paper's 0.5, its choice for CIFAR-10.
+    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a
+    pixel, so they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation
+    scales them. 80 % of the images are distorted, 20 % made grey. A `strength` of 1 is the paper's 0.5, its
+    choice for CIFAR-10.
     """
     change = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2
@@ -328,13 +356,17 @@ def contrastive_view(images: torch.Tensor, generator: torch.Generator | None = N
     return colour_jitter(resized_crop_flip(images, generator), generator)
 
 
-def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None,
-           probability: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def cutmix(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator | None = None,
+    probability: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
 
-    images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that stayed.
-    The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's border cuts it off (as in
-    the paper); with 1 - `probability` it is empty.
+    images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that
+    stayed. The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's
+    border cuts it off (as in the paper); with 1 - `probability` it is empty.
     """
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
@@ -348,7 +380,8 @@ def cutmix(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generato
 def cutmix_loss(
     logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """Cross-entropy [] of logits [B, K] with both labels [B] of a mixed image, each by its share of the pixels."""
+    """Cross-entropy [] of logits [B, K] with both labels [B] of a mixed image, each by its share of the
+    pixels."""
     first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
     return share * first + (1 - share) * second
 
@@ -356,14 +389,15 @@ def cutmix_loss(
 def cutmix_accuracy(
     logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor
 ) -> torch.Tensor:
-    """Share [] of logits [B, K] that name a label of a mixed image, each label counting by its share of the pixels."""
+    """Share [] of logits [B, K] that name a label of a mixed image, each label counting by its share of
+    the pixels."""
     guess = logits.argmax(dim=1)  # [B]
     return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Part 3: patches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
@@ -394,20 +428,28 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: int64 [B], 0 to 3."""
+    """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: int64 [B], 0 to
+    3."""
     turned = torch.stack([torch.rot90(x, k, dims=(-2, -1)) for k in range(4)])  # [4, B, ..., S, S]
     return turned[angle, torch.arange(len(x), device=x.device)]  # [B, ..., S, S]
 
 
-def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None, patch: int = 8, masked: int = 4, rotated: int = 4,
-                  gap: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def patch_augment(
+    images: torch.Tensor,
+    generator: torch.Generator | None = None,
+    patch: int = 8,
+    masked: int = 4,
+    rotated: int = 4,
+    gap: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Model M's input: per image, black out `masked` random patches and turn `rotated` others by one angle.
 
-    images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the rotated
-    ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and rotated patches
-    together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens so many pixels along each
-    border of every patch, so that no line goes on from one patch to the next and betrays which one was turned.
-    Raises ValueError when there are fewer than masked + rotated patches, or when the gap leaves nothing of them.
+    images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the
+    rotated ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and
+    rotated patches together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens
+    so many pixels along each border of every patch, so that no line goes on from one patch to the next and
+    betrays which one was turned. Raises ValueError when there are fewer than masked + rotated patches, or
+    when the gap leaves nothing of them.
     """
     x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
     B, N = x.shape[:2]
@@ -430,13 +472,14 @@ def patch_augment(images: torch.Tensor, generator: torch.Generator | None = None
     return unpatchify(x), mask_at, turn_at, angle
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Part 4: batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def shuffled_batches(number: int, batch: int, generator: torch.Generator):
-    """Yield index tensors [batch] that cover a random order of range(number); a rest smaller than a batch is dropped."""
+    """Yield index tensors [batch] that cover a random order of range(number); a rest smaller than a batch
+    is dropped."""
     order = torch.randperm(number, device=generator.device, generator=generator)
     yield from order[: number - number % batch].split(batch)
 
@@ -448,10 +491,10 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         DataLoader(dataset, batch_sampler=sampler)      # or, with everything on the device:
         for index in sampler: frames = images[index]
 
-    labels: [n]. Each epoch shuffles within each class and then the order of the batches, by (seed, epoch); call
-    `set_epoch` before each. No index comes twice in an epoch; what is left of a class when fewer than `batch` of its
-    images remain is dropped (drop_last), another rest each epoch.
-    Raises ValueError when a class has fewer than `batch` images.
+    labels: [n]. Each epoch shuffles within each class and then the order of the batches, by (seed, epoch);
+    call `set_epoch` before each. No index comes twice in an epoch; what is left of a class when fewer than
+    `batch` of its images remain is dropped (drop_last), another rest each epoch. Raises ValueError when a
+    class has fewer than `batch` images.
     """
 
     def __init__(self, labels: torch.Tensor, batch: int = 16, seed: int = 0):
@@ -460,7 +503,8 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         ]  # per class, its indices
         if min(map(len, self.members)) < batch:
             raise ValueError(
-                f"a class has only {min(map(len, self.members))} images, fewer than one same-class batch of {batch}"
+                f"a class has only {min(map(len, self.members))} images, "
+                f"fewer than one same-class batch of {batch}"
             )
         self.batch, self.seed, self.epoch = batch, seed, 0
 
@@ -502,7 +546,8 @@ def main() -> None:
     for split in ("train", "validation", "test"):
         images, labels = load(args.data, split)
         print(
-            f"{split}: {len(images):,} images, {labels.bincount().min()} to {labels.bincount().max()} per class"
+            f"{split}: {len(images):,} images, "
+            f"{labels.bincount().min()} to {labels.bincount().max()} per class"
         )
     print(f"{args.data}: {describe(args.data)['provenance']}")
 

@@ -1,7 +1,8 @@
 """Stage 3: language. An image's caption, as a vector, joins the video model through a cross-attention block.
 
     image --BLIP--> caption --CLIP's text tower--> embedding --linear--> keys, values --+
-    image, shown as a static video --video.py's model--> its temporal CLS --> query ----+--> cross-attention block --> class
+    image, shown as a static video --video.py's model--> its temporal CLS --> query ----+--> cross-attention
+    block --> class
 
 Part 1, the network (read this first):   CrossAttention -> CrossBlock -> Fusion
 Part 2, captions:                        BLIP, the caption file
@@ -9,16 +10,17 @@ Part 3, embeddings:                      CLIP's text tower
 Part 4, without downloads:               a small BLIP and a small CLIP of the same classes, trained here
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
-Depends on vit.py, data.py and video.py: copy this file with those three. For cross-attention alone, CrossBlock needs
-only torch and vit.init_linear.
+Depends on vit.py, data.py and video.py: copy this file with those three. For cross-attention alone,
+CrossBlock needs only torch and vit.init_linear.
 
-    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2      # only where BLIP and CLIP can't be downloaded
-    python multimodal.py caption --captioner tiny
-    python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
-    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 2
+    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2      # only where BLIP and CLIP can't be
+    downloaded python multimodal.py caption --captioner tiny python multimodal.py embed --captions
+    runs/mine/captions_tiny.jsonl python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks
+    1 --epochs 2
 
-Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017 (attention).
-Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of CLIP's embedding.
+Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017
+(attention). Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of
+CLIP's embedding.
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ class CrossAttention(nn.Module):
 
         softmax(Q K^T / sqrt(D / H)) V,     Q = x W_q,   K = text W_k,   V = text W_v
 
-    The softmax shares out a total of one among the keys. With a single key, which is all that a pooled text vector
-    gives, there is nothing to share: its weight is 1 whatever the query is, every x gets the same text W_v, and W_q
-    and W_k have no effect on the output and get no gradient. So attention chooses only among several keys: the words
-    of a caption (--text tokens).
+    The softmax shares out a total of one among the keys. With a single key, which is all that a pooled text
+    vector gives, there is nothing to share: its weight is 1 whatever the query is, every x gets the same text
+    W_v, and W_q and W_k have no effect on the output and get no gradient. So attention chooses only among
+    several keys: the words of a caption (--text tokens).
     """
 
     def __init__(self, dim: int, heads: int):
@@ -90,8 +92,8 @@ class CrossBlock(nn.Module):
         x = x + cross_attention(norm(x), norm(text))
         x = x + mlp(norm(x))
 
-    Both sums start at zero (their last layers do), so a trained network that gets this block put on top starts out
-    unchanged and learns from there how much to let in.
+    Both sums start at zero (their last layers do), so a trained network that gets this block put on top
+    starts out unchanged and learns from there how much to let in.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -125,9 +127,9 @@ class CrossBlock(nn.Module):
 class Fusion(nn.Module):
     """The video model with a cross-attention block after its last spatio-temporal block.
 
-    Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block would read
-    what the others had learned from the text.
-    `image=False` is the control that sees only the caption: a learned vector asks in place of the image.
+    Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block
+    would read what the others had learned from the text. `image=False` is the control that sees only the
+    caption: a learned vector asks in place of the image.
     """
 
     def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True):
@@ -165,16 +167,17 @@ class Fusion(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"}, appended
-# batch by batch, so that hours of captioning survive any accident.
+# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"},
+# appended batch by batch, so that hours of captioning survive any accident.
 # ---------------------------------------------------------------------------------------------------------
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner: a model id of the Hugging Face hub, or a folder by save_pretrained.
+    """(model, processor) of a BLIP captioner: a model id of the Hugging Face hub, or a folder by
+    save_pretrained.
 
-    Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had, or when it lacks
-    weights, which the library would fill in at random.
+    Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had, or when it
+    lacks weights, which the library would fill in at random.
     """
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -186,8 +189,9 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         )
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
         sys.exit(
-            f"can't load the captioner {name} ({first_line(error)}); where there is a network, `hf download {name} "
-            "--exclude tf_model.h5` fetches it (into HF_HOME); or name a folder with --blip, or say --captioner tiny"
+            f"can't load the captioner {name} ({first_line(error)}); where there is a network, "
+            f"`hf download {name} --exclude tf_model.h5` fetches it (into HF_HOME); "
+            "or name a folder with --blip, or say --captioner tiny"
         )
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
@@ -195,7 +199,8 @@ def load_blip(name: str, revision: str | None, device: torch.device):
 
 
 def quiet() -> None:
-    """Silence the libraries' own remarks and bars (except for downloads): what matters becomes one sentence."""
+    """Silence the libraries' own remarks and bars (except for downloads): what matters becomes one
+    sentence."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -226,7 +231,8 @@ def write_captions(model, processor, images: torch.Tensor, beams: int, longest: 
 
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
-    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole lines.
+    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole
+    lines.
 
     A last line torn by a kill or a full disk doesn't count. SystemExit with one sentence for any other file.
     """
@@ -259,12 +265,22 @@ def captions_of(captions: dict[tuple[str, int], str], split: str, number: int) -
     return [captions[split, i] for i in range(number)]
 
 
-SYNONYMS = {"airplane": "plane jet aircraft airliner biplane", "automobile": "car sedan suv", "cat": "kitten", "deer": "elk moose antelope",
-            "dog": "puppy", "frog": "toad", "horse": "pony", "ship": "boat ferry sailboat yacht", "truck": "lorry"}  # fmt: skip
+SYNONYMS = {
+    "airplane": "plane jet aircraft airliner biplane",
+    "automobile": "car sedan suv",
+    "cat": "kitten",
+    "deer": "elk moose antelope",
+    "dog": "puppy",
+    "frog": "toad",
+    "horse": "pony",
+    "ship": "boat ferry sailboat yacht",
+    "truck": "lorry",
+}
 
 
 def named_class(caption: str, classes: list[str]) -> int:
-    """The label of the first word that names a class, itself or a synonym, in singular or plural; -1 if none."""
+    """The label of the first word that names a class, itself or a synonym, in singular or plural; -1 if
+    none."""
     label = {}
     for k, name in enumerate(classes):
         for word in (name, *SYNONYMS.get(name, "").split()):
@@ -276,21 +292,21 @@ def named_class(caption: str, classes: list[str]) -> int:
 
 
 def small_blips(out: pathlib.Path) -> list[str]:
-    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run of `tiny`, and finished."""
+    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run of `tiny`, and
+    finished."""
     first = out / "tiny_blip_0.pt"
     settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
     folders = [out / f"tiny_blip_{fold}" for fold in range(settings["folds"])]
     for folder in folders:
         state = vit.read_checkpoint(f"{folder}.pt") if (folder / "model.safetensors").exists() else None
         if not state or state["optimizer"] or state["settings"] != settings:
-            sys.exit(
-                f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` trains one for each fold"
-            )
+            sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` does it")
     return [str(folder) for folder in folders]
 
 
 def begin_captions(path: pathlib.Path, header: dict, fresh: bool) -> dict[tuple[str, int], str]:
-    """The captions that the file already has; it is made where there is none. SystemExit if it is another run's."""
+    """The captions that the file already has; it is made where there is none. SystemExit if it is another
+    run's."""
     if fresh or not path.exists():
         vit.write_file(path, (json.dumps(header) + "\n").encode())
     before, done, whole = read_captions(path)
@@ -319,8 +335,8 @@ def append_captions(path: pathlib.Path, split: str, captions: dict[int, str]) ->
 def caption(args: argparse.Namespace) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class.
 
-    tiny: image i is captioned by the small BLIP of fold i % folds, which has not seen it in training (see Part 4),
-    with --seen by the next one, which has.
+    tiny: image i is captioned by the small BLIP of fold i % folds, which has not seen it in training (see
+    Part 4), with --seen by the next one, which has.
     """
     if args.seen and args.captioner == "blip":
         sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
@@ -374,7 +390,8 @@ def caption(args: argparse.Namespace) -> None:
 
 
 def load_clip(name: str, weights: str | None):
-    """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or "local-dir:FOLDER".
+    """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or
+    "local-dir:FOLDER".
 
     Raises SystemExit with one sentence when it can't be had.
     """
@@ -385,32 +402,24 @@ def load_clip(name: str, weights: str | None):
     try:
         model = open_clip.create_model(name, None if local else weights, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
-    except (
-        Exception
-    ) as error:  # offline, no such model, no such file, not weights: open_clip raises many kinds
+    except Exception as error:  # offline, no such model or file, not weights: open_clip raises many kinds
+        advice = "name a file with --clip-weights"
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
-        fetch = (
-            f"where there is a network, `hf download {hub} --include 'open_clip*'` fetches it (into HF_HOME); or "
-            if hub
-            else ""
-        )
-        advice = f"{fetch}name a file with --clip-weights"
+        if hub:
+            fetch = f"hf download {hub} --include 'open_clip*'"
+            advice = f"where there is a network, `{fetch}` fetches it (into HF_HOME); or {advice}"
         if local:
             advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip"
-        sys.exit(
-            f"can't load the CLIP {name}{'' if local else f' with weights {weights}'} ({first_line(error)}); {advice}"
-        )
+        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
     if not torch.is_tensor(getattr(model, "text_projection", None)):
-        sys.exit(
-            f"the text tower of {name} is built otherwise than CLIP's; choose a --clip such as {CLIP[0]}"
-        )
+        sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose another --clip")
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
-    """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the end-of-text token's,
-    is what CLIP itself uses for the whole caption: its encode_text."""
+    """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the
+    end-of-text token's, is what CLIP itself uses for the whole caption: its encode_text."""
     tokens = tokenizer(
         captions
     )  # [u, context length], padded with zeros behind the end-of-text token, the largest number
@@ -476,8 +485,8 @@ def embeddings_path(out: str, captions: str) -> pathlib.Path:
 
 
 def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tensor], list[str], str]:
-    """Caption -> its place in the two lists that follow: [L, E] float16 tensors, and the L words as CLIP reads them,
-    joined by spaces; last, which CLIP made them. Empty where there is no file."""
+    """Caption -> its place in the two lists that follow: [L, E] float16 tensors, and the L words as CLIP
+    reads them, joined by spaces; last, which CLIP made them. Empty where there is no file."""
     import numpy
 
     stored = numpy.load(path) if path.exists() else {}
@@ -489,25 +498,27 @@ def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tens
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Part 4: without downloads. A BLIP and a CLIP small enough to train here, on sentences made from the label and a few
-# measured words. They know nothing that the training images don't hold, so from such a caption expect what a second
-# opinion brings, no more; what the real BLIP adds is knowledge from outside.
+# Part 4: without downloads. A BLIP and a CLIP small enough to train here, on sentences made from the label
+# and a few measured words. They know nothing that the training images don't hold, so from such a caption
+# expect what a second opinion brings, no more; what the real BLIP adds is knowledge from outside.
 #
-# A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such captions
-# would learn to copy the class word, which is right there and often wrong on new images. So the training images are
-# dealt out to k folds, fold f's captioner is trained on all the others, and captions fold f: no image is captioned by a
-# model that has seen it. (The real BLIP learned from captions of web images and of COCO. It may have met the originals
-# of some of CIFAR-10's images there, which come from the web, too; their CIFAR-10 labels it has not seen.)
-# ----------------------------------------------------------------------------------------------------------------------
+# A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such
+# captions would learn to copy the class word, which is right there and often wrong on new images. So the
+# training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
+# f: no image is captioned by a model that has seen it. (The real BLIP learned from captions of web images and
+# of COCO. It may have met the originals of some of CIFAR-10's images there, which come from the web, too;
+# their CIFAR-10 labels it has not seen.)
+# ------------------------------------------------------------------------------------------------------------
 
 HUES = "red yellow green cyan blue purple".split()
 
 
 def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
-    """ "the cat on dark green far away": the class word from the label, the rest measured. images: uint8 [n, 3, S, S], labels [n].
+    """One sentence an image, "the cat on dark green far away": the class word from the label, the rest measured.
+    images: uint8 [n, 3, S, S], labels [n].
 
-    Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has another colour.
-    The class word comes first, as the words before it can't help to find it.
+    Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has
+    another colour. The class word comes first, as the words before it can't help to find it.
     """
     x = images.float() / 255
     edge = images.shape[-1] // 8
@@ -515,22 +526,28 @@ def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) ->
     rim[edge:-edge, edge:-edge] = False
     ground = x[:, :, rim].mean(dim=2)  # [n, 3]
     close = ((x - ground[:, :, None, None]).abs().mean(dim=1) > 0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
-    bright, spread = ground.mean(dim=1) > 0.5, ground.amax(dim=1) - ground.amin(dim=1)  # [n] each
+    bright = ground.mean(dim=1) > 0.5  # [n]
+    spread = ground.amax(dim=1) - ground.amin(dim=1)  # [n]
     r, g, b = ground.unbind(dim=1)
-    hue = (
-        torch.atan2(3**0.5 * (g - b), 2 * r - g - b) / (torch.pi / 3)
-    ).round().long() % 6  # [n], in steps of 60 degrees
-    return [f"the {classes[k]} on {'bright' if light else 'dark'} {HUES[h] if s > 0.06 else 'grey'} {'close up' if near else 'far away'}"
-            for k, light, h, s, near in zip(labels.tolist(), bright.tolist(), hue.tolist(), spread.tolist(), close.tolist())]  # fmt: skip
+    angle = torch.atan2(3**0.5 * (g - b), 2 * r - g - b)  # [n], of the colour circle, in radians
+    hue = (angle / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
+    found = []
+    measured = (labels, bright, hue, spread, close)
+    for k, is_bright, h, s, is_close in zip(*[values.tolist() for values in measured]):
+        light = "bright" if is_bright else "dark"
+        colour = HUES[h] if s > 0.06 else "grey"
+        distance = "close up" if is_close else "far away"
+        found.append(f"the {classes[k]} on {light} {colour} {distance}")
+    return found
 
 
 def small_blip(encoder: vit.ViT, classes: list[str], size: int):
-    """(BLIP model, processor) whose image tower is our `encoder`, weights and all, looking at images enlarged to
-    `size` pixels.
+    """(BLIP model, processor) whose image tower is our `encoder`, weights and all, looking at images enlarged
+    to `size` pixels.
 
-    BLIP enlarges its images (to 384 pixels), and so does this one: patches of 8 pixels then show less of the image
-    each, so it sees details that our 16 patches blur, and errs elsewhere than the image model. The encoder can start
-    from there, best after InfoNCE, whose crops were enlarged, too.
+    BLIP enlarges its images (to 384 pixels), and so does this one: patches of 8 pixels then show less of the
+    image each, so it sees details that our 16 patches blur, and errs elsewhere than the image model. The
+    encoder can start from there, best after InfoNCE, whose crops were enlarged, too.
     """
     from transformers import (
         BertTokenizer,
@@ -564,7 +581,8 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
 
 @torch.no_grad()
 def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
-    """Our encoder's weights into BLIP's image tower, whose images may be larger: positions are interpolated."""
+    """Our encoder's weights into BLIP's image tower, whose images may be larger: positions are
+    interpolated."""
     pairs = [
         (encoder.patch_embedding, tower.embeddings.patch_embedding),
         (encoder.norm, tower.post_layernorm),
@@ -681,16 +699,15 @@ def train_small_clip(
 
 
 def tiny(args: argparse.Namespace) -> None:
-    """Train a small BLIP for each fold, and a small CLIP; write them as folders that load_blip and load_clip read."""
+    """Train a small BLIP for each fold, and a small CLIP; write them as folders that load_blip and
+    load_clip read."""
     quiet()
     if args.folds < 2:
         sys.exit(
             "--folds must be at least 2, or every image would be captioned by a model that has seen its label"
         )
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
-        sys.exit(
-            f"{args.checkpoint} was trained on labels; choose an encoder that has seen none, from `ssl.py pretrain`"
-        )
+        sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
@@ -810,7 +827,8 @@ def train_fusion(
     also: dict,
     machine: vit.Machine,
 ) -> vit.Run:
-    """Train one row of `fuse`; splits: images and labels by split, texts: a Text by split; writes out/NAME.pt."""
+    """Train one row of `fuse`; splits: images and labels by split, texts: a Text by split; writes
+    out/NAME.pt."""
     (images, labels), (validation, truth) = splits["train"], splits["validation"]
     text, validation_text = texts["train"], texts["validation"]
     if control == "image_only":
@@ -840,7 +858,8 @@ def train_fusion(
 
 
 def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S]; `text`: a Text, or no_text."""
+    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S]; `text`: a Text, or
+    no_text."""
     model.eval()
     logits = []
     for index in torch.arange(len(images), device=images.device).split(machine.eval_batch):

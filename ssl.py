@@ -1,9 +1,9 @@
 """Stage 1: learn from images without labels, then ask what was learned.
 
-    pretrain --task infonce   two random views of an image shall look alike, all other images different (baseline)
-    pretrain --task m         Model M: tell the angle of turned patches, repaint blacked-out patches
-    probe                     freeze the encoder, fit a linear layer on its features: what can be read off?
-    finetune                  train the encoder on, with labels: what was it good for?
+    pretrain --task infonce   two random views of an image shall look alike, all other images different
+    (baseline) pretrain --task m         Model M: tell the angle of turned patches, repaint blacked-out
+    patches probe                     freeze the encoder, fit a linear layer on its features: what can be read
+    off? finetune                  train the encoder on, with labels: what was it good for?
 
 Depends on vit.py and data.py: copy this file with those two. Each stage's training loop is in its function.
 
@@ -19,10 +19,10 @@ Shape letters as in vit.py; also M masked patches per image, E width of the cont
 from __future__ import annotations
 
 if __name__ == "ssl":
-    # Python looks in the script's own folder first, so with this file in it `import ssl` - which torch, urllib and
-    # many others do - finds this file instead of the standard library's ssl. Under that name it therefore steps
-    # aside: it loads the real module, and the import system hands that one out. Nothing below defines more than
-    # functions, so nothing else happens under the borrowed name.
+    # Python looks in the script's own folder first, so with this file in it `import ssl` - which torch,
+    # urllib and many others do - finds this file instead of the standard library's ssl. Under that name it
+    # therefore steps aside: it loads the real module, and the import system hands that one out. Nothing below
+    # defines more than functions, so nothing else happens under the borrowed name.
     import importlib.machinery
     import importlib.util
     import sys
@@ -59,8 +59,8 @@ def info_nce(z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.T
     """InfoNCE with both views as queries (Oord et al. 2018, equation 4; NT-Xent in SimCLR, equation 1).
 
     z: [2B, E], rows i and B + i being two views of the same image -> loss [], share of views [] whose nearest
-    neighbour in the batch is the other view of their image. It is plain classification: among the 2B - 1 other
-    views, which is my partner? The score is the cosine, sharpened by the temperature.
+    neighbour in the batch is the other view of their image. It is plain classification: among the 2B - 1
+    other views, which is my partner? The score is the cosine, sharpened by the temperature.
     """
     z = F.normalize(z.float(), dim=1)  # length one, so that products are cosines
     scores = z @ z.T / temperature  # [2B, 2B]
@@ -107,23 +107,25 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
 #
 #   loss = cross-entropy of the angle + mean squared error of the blacked-out patches (+ contrast * InfoNCE)
 #
-# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less. What has to be painted
-# is the cropped and mirrored image as it was before patches were blacked out and turned.
+# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less. What has to be
+# painted is the cropped and mirrored image as it was before patches were blacked out and turned.
 # ---------------------------------------------------------------------------------------------------------
 
-# --pretext: share of patches that are masked, share that are turned; without turned patches the image may be (Gidaris)
+# --pretext: share of patches that are masked, share that are turned; without turned patches the image may be
+# (Gidaris)
 TASKS = {"both": (1 / 4, 1 / 4), "masking": (1 / 4, 0), "rotation": (0, 1 / 4), "image-rotation": (0, 0)}
 
 
 def paint_loss(painted: torch.Tensor, images: torch.Tensor, masked: torch.Tensor, patch: int) -> torch.Tensor:
-    """Mean squared error of painted [B, M, 3*P*P], standardised pixels, for the patches masked [B, M] of images
-    [B, 3, S, S] in [0, 1]."""
+    """Mean squared error of painted [B, M, 3*P*P], standardised pixels, for the patches masked [B, M] of
+    images [B, 3, S, S] in [0, 1]."""
     hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3, P, P] -> [B, M, 3*P*P]
     return F.mse_loss(painted.float(), vit.standardise(hidden))
 
 
 def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
-    """Train Model M on its task, or half of it, with InfoNCE beside it where asked for; writes out/NAME.pt."""
+    """Train Model M on its task, or half of it, with InfoNCE beside it where asked for; writes
+    out/NAME.pt."""
     patch = encoder.config["patch_size"]
     masked_number, turned_number = (round(part * encoder.patches) for part in TASKS[args.pretext])
     names_angle, paints = args.pretext != "masking", masked_number > 0
@@ -190,7 +192,8 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or (without one) from scratch."""
+    """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or (without one) from
+    scratch."""
     name = args.name or ("finetune" if args.checkpoint else "finetune_scratch")
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = labelled(args.data, args.labels, args.limit, machine.device)
@@ -257,7 +260,8 @@ def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> tor
 
 
 def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:
-    """What a frozen encoder says of uint8 images [n, 3, S, S]: CLS, and the mean of the patch tokens, [n, D] each.
+    """What a frozen encoder says of uint8 images [n, 3, S, S]: CLS, and the mean of the patch tokens, [n, D]
+    each.
 
     Without an encoder, the pixels themselves: [n, 3*S*S].
     """
@@ -276,15 +280,17 @@ def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine
 def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10) -> nn.Linear:
     """Multinomial logistic regression of labels y [n] on features x [n, D].
 
-    The problem is convex, so L-BFGS on all images at once heads for the one answer, with no learning rate to choose.
-    Its 100 iterations leave a few hundredths of a percent of accuracy to chance, the layer's random bias.
+    The problem is convex, so L-BFGS on all images at once heads for the one answer, with no learning rate to
+    choose. Its 100 iterations leave a few hundredths of a percent of accuracy to chance, the layer's random
+    bias.
     """
     layer = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
-        """The loss, with its gradient: L-BFGS asks for it several times a step, wherever its line search looks."""
+        """The loss, with its gradient: L-BFGS asks for it several times a step, wherever its line search
+        looks."""
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
         loss.backward()
@@ -333,7 +339,8 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def best_probe(read: dict[str, dict], labels: dict[str, torch.Tensor], final: str) -> dict:
-    """Probe each feature with three weight decays; the validation split picks one, which gives the row's `value`.
+    """Probe each feature with three weight decays; the validation split picks one, which gives the row's
+    `value`.
 
     read: split -> feature -> [n, D]; labels: split -> [n]; final: the split of the value.
     """

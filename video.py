@@ -1,11 +1,15 @@
 """Stage 2: pseudo-videos, and factorised spatio-temporal transformers that start from Model M.
 
-A pseudo-video is a clip of F = 16 images of one class, shown as if they were the frames of a film. Attention over all
-F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into space and time:
+A pseudo-video is a clip of F = 16 images of one class, shown as if they were the frames of a film. Attention
+over all F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into
+space and time:
 
-    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then only the
-               frames' CLS tokens through a temporal transformer of one or two blocks, which has its own CLS token
-    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): inside the last one or two
+    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then only
+    the
+               frames' CLS tokens through a temporal transformer of one or two blocks, which has its own CLS
+               token
+    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): inside the last
+    one or two
                blocks, attention among the patches of a frame, then among the frames at the same patch
 
 A test image is judged as a static video: F times itself.
@@ -14,8 +18,9 @@ Depends on vit.py and data.py: copy this file with those two. Its training loop 
 
     python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 6 --out runs/mine
 
-Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the gate).
-Shape letters as in vit.py; also C clips, F frames of a clip, n different images of a clip (frames may repeat them).
+Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the
+gate). Shape letters as in vit.py; also C clips, F frames of a clip, n different images of a clip (frames may
+repeat them).
 """
 
 from __future__ import annotations
@@ -38,17 +43,18 @@ REPORTED = {
     "video_report_2": 0.4244,
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The two networks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class FactorisedEncoder(nn.Module):
     """Factorised encoder (Arnab et al. 2021, section 3.3, model 2): first space, then time.
 
-    The image encoder sums up each frame in its CLS token; a temporal transformer, whose blocks start as copies of the
-    image encoder's last ones, sums up those in a CLS token of its own. `ordered`: frames have positions. Without them
-    nothing tells the temporal transformer which frame came first, and any order gives the same answer.
+    The image encoder sums up each frame in its CLS token; a temporal transformer, whose blocks start as
+    copies of the image encoder's last ones, sums up those in a CLS token of its own. `ordered`: frames have
+    positions. Without them nothing tells the temporal transformer which frame came first, and any order gives
+    the same answer.
     """
 
     def __init__(
@@ -69,7 +75,8 @@ class FactorisedEncoder(nn.Module):
         -> tokens of the last temporal block [C, 1 + F, D] (token 0 is the temporal CLS), and the images' CLS
         [C, n, D]. `trace`: see vit.Block.
 
-        An image is encoded once however many frames show it, so a static video costs little more than an image.
+        An image is encoded once however many frames show it, so a static video costs little more than an
+        image.
         """
         C, n = images.shape[:2]
         each = self.encoder(images.flatten(0, 1))[:, 0].view(C, n, -1)  # [C*n, 3, S, S] -> CLS [C, n, D]
@@ -88,10 +95,11 @@ class FactorisedEncoder(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Attention among the F tokens at the same place of a clip's frames, to be added to a trained block of an image encoder.
+    """Attention among the F tokens at the same place of a clip's frames, to be added to a trained block of an
+    image encoder.
 
-    It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as the
-    image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
+    It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as
+    the image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
     """
 
     def __init__(self, block: vit.Block, frames: int, ordered: bool):
@@ -114,7 +122,8 @@ class TemporalAttention(nn.Module):
 
 
 class FactorisedAttention(nn.Module):
-    """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block first space, then time.
+    """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block first space, then
+    time.
 
         x = x + attention within the frame(norm(x))       as in the image encoder
         x = x + gate * attention across frames(norm(x))   new, in the last `blocks` blocks
@@ -136,8 +145,9 @@ class FactorisedAttention(nn.Module):
         self.frame_head = nn.Linear(dim, classes)
 
     def forward(self, images: torch.Tensor, shown: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As FactorisedEncoder.forward. From the first block with temporal attention on, every frame is computed, a
-        repeated one too; beside that, every image by itself, as the image encoder alone sees it."""
+        """As FactorisedEncoder.forward. From the first block with temporal attention on, every frame is
+        computed, a repeated one too; beside that, every image by itself, as the image encoder alone sees
+        it."""
         C, n = images.shape[:2]
         spatial = len(self.encoder.blocks) - len(self.temporal)  # blocks without temporal attention
         alone = self.encoder.embed(images.flatten(0, 1))  # [C*n, T, D]
@@ -157,15 +167,16 @@ class FactorisedAttention(nn.Module):
 
 MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Clips
 #
-# 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right. Trained on
-# that alone, the network stops at "half of them", and the loss, already small, no longer says what is wrong with any
-# single image. A static video has no other images to vote with, and no training clip looked like it. Hence two additions:
-# every image must also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and
-# clips have a random number of different images (--repeats), from a static video to 16.
-# ----------------------------------------------------------------------------------------------------------------------
+# 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right.
+# Trained on that alone, the network stops at "half of them", and the loss, already small, no longer says what
+# is wrong with any single image. A static video has no other images to vote with, and no training clip looked
+# like it. Hence two additions: every image must also be classified by itself (--frame-loss; weight 16, as the
+# clip's loss speaks for 16 images), and clips have a random number of different images (--repeats), from a
+# static video to 16.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def clip_steps(
@@ -173,8 +184,8 @@ def clip_steps(
 ) -> torch.Tensor:
     """One epoch of the sampler's clips, `clips` per optimiser step: indices [steps, clips, F].
 
-    `balanced`: the classes take turns, so that 10 clips hold each of the 10 classes once; what a class has more than
-    the smallest one is left out. A rest smaller than a step is dropped.
+    `balanced`: the classes take turns, so that 10 clips hold each of the 10 classes once; what a class has
+    more than the smallest one is left out. A rest smaller than a step is dropped.
     """
     epoch = list(sampler)
     if balanced:
@@ -189,7 +200,8 @@ def clip_steps(
 def random_repeats(
     clips: int, frames: int, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Which image each frame shows, [clips, frames], when a clip has a random number of different images, 1 to `frames`."""
+    """Which image each frame shows, [clips, frames], when a clip has a random number of different images,
+    1 to `frames`."""
     different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
     shown = torch.arange(frames, device=device) % different  # [clips, frames]
     order = torch.rand(clips, frames, device=device, generator=generator).argsort(dim=1)
@@ -205,9 +217,11 @@ def clip_loss(
     smoothing: float,
     frame_loss: float,
 ) -> torch.Tensor:
-    """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image by itself [C, F, K].
+    """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image by itself [C,
+    F, K].
 
-    A clip mixed by CutMix has two labels, labels [C] and other [C], the first for the share `kept` [] of its pixels.
+    A clip mixed by CutMix has two labels, labels [C] and other [C], the first for the share `kept` [] of its
+    pixels.
     """
     loss = data.cutmix_loss(logits, labels, other, kept, smoothing)
     if frame_loss:
@@ -223,7 +237,8 @@ def clip_loss(
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on pseudo-videos, from the image encoder to the head; judge on static videos; writes out/NAME.pt."""
+    """Train on pseudo-videos, from the image encoder to the head; judge on static videos; writes
+    out/NAME.pt."""
     name = args.name or f"video_{args.model}_{args.blocks}"
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
@@ -290,8 +305,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames: int, machine: vit.Machine):
-    """Class logits [c, K], float32, of the clips that show images[index], index [c, n], in turn until `frames` are
-    full. images: uint8 [N, 3, S, S]. With n = 1 these are static videos."""
+    """Class logits [c, K], float32, of the clips that show images[index], index [c, n], in turn until
+    `frames` are full. images: uint8 [N, 3, S, S]. With n = 1 these are static videos."""
     model.eval()
     n = index.shape[1]
     shown = torch.arange(frames, device=images.device) % n  # [F]
@@ -311,9 +326,9 @@ def same_class_accuracy(
     seed: int,
     machine: vit.Machine,
 ) -> float:
-    """Accuracy on clips of so many `different` images of one class. 1: static videos, every image once. More: the
-    labels were used to put the clip together, so this says what a vote would bring, not how well an image is
-    recognised."""
+    """Accuracy on clips of so many `different` images of one class. 1: static videos, every image once.
+    More: the labels were used to put the clip together, so this says what a vote would bring, not how well
+    an image is recognised."""
     clips = list(data.SameClassBatchSampler(labels, different, seed))
     index = torch.tensor(clips, device=images.device)  # [c, n]
     return vit.accuracy(predict(model, images, index, frames, machine), labels[index[:, 0]])

@@ -1,4 +1,5 @@
-"""A Vision Transformer for one small image, written out; and the plumbing that every training loop here shares.
+"""A Vision Transformer for one small image, written out; and the plumbing that every training loop here
+shares.
 
 Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Classifier
 Part 2, the plumbing:                    device and precision, files, checkpoints, Run, the command line
@@ -40,12 +41,13 @@ from torch import nn
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2).
 
-    Every token asks a question (query), says what it is about (key) and carries a message (value). A token's output
-    is the average of all messages, weighted by how well their keys answer its question:
+    Every token asks a question (query), says what it is about (key) and carries a message (value). A token's
+    output is the average of all messages, weighted by how well their keys answer its question:
 
         attention(Q, K, V) = softmax(Q K^T / sqrt(D / H)) V
 
-    H heads do this side by side, each in its own D / H dimensions, so that one token can look for H things at once.
+    H heads do this side by side, each in its own D / H dimensions, so that one token can look for H things at
+    once.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -77,8 +79,9 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged; this
-    is why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al. 2020).
+    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged;
+    this is why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al.
+    2020).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -91,9 +94,10 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, trace: list | None = None) -> torch.Tensor:
         """x: [B, T, D] -> [B, T, D].
 
-        `trace`, where given, is a list that receives one dict per block: the residual stream "before" the attention,
-        "attended" (after the attention's residual sum) and "after" the block, each [B, T, D], and the attention
-        "weights" [B, H, T, T]. It serves CKA and pictures; the computation is the same with and without it.
+        `trace`, where given, is a list that receives one dict per block: the residual stream "before" the
+        attention, "attended" (after the attention's residual sum) and "after" the block, each [B, T, D], and
+        the attention "weights" [B, H, T, T]. It serves CKA and pictures; the computation is the same with and
+        without it.
         """
         update, weights = self.attn(self.norm1(x))
         attended = x + update
@@ -104,11 +108,13 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a short sentence of patches.
+    """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a short sentence of
+    patches.
 
-    The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token is put
-    in front, where it collects what describes the whole image; learned positions are added, since attention by
-    itself doesn't know where a token came from. The default makes 16 patches, 17 tokens, 1.2 M parameters.
+    The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token
+    is put in front, where it collects what describes the whole image; learned positions are added, since
+    attention by itself doesn't know where a token came from. The default makes 16 patches, 17 tokens, 1.2 M
+    parameters.
     """
 
     def __init__(
@@ -138,7 +144,8 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS."""
+        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is
+        CLS."""
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
         cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
@@ -153,10 +160,12 @@ class ViT(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """A patch embedding that looks for edges first: 3x3 convolution, non-linearity, then the linear map of a patch.
+    """A patch embedding that looks for edges first: 3x3 convolution, non-linearity, then the linear map of a
+    patch.
 
-    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in this
-    one every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen next door.
+    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in
+    this one every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen
+    next door.
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32):
@@ -190,9 +199,10 @@ def init_linear(module: nn.Module) -> None:
 class ModelM(nn.Module):
     """Model M: an encoder with heads that need no labels.
 
-    Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head reads
-    the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token. For InfoNCE
-    there is a projector, an MLP that is thrown away afterwards: it may forget what the encoder should keep.
+    Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head
+    reads the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
+    For InfoNCE there is a projector, an MLP that is thrown away afterwards: it may forget what the encoder
+    should keep.
     """
 
     def __init__(self, encoder: ViT, projector: bool = False):
@@ -233,10 +243,10 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # Part 2: the plumbing. Nothing below is about transformers.
 #
-# Under torchrun, PyTorch's launcher, every process holds the whole data set, draws the same random numbers and
-# augments the whole batch (cheap beside the network); then each trains on its `share`, `parallel` averages the
-# gradients, and InfoNCE, whose negatives are all other images of the batch, needs `gather`. A single process gets
-# from these three what it gave them.
+# Under torchrun, PyTorch's launcher, every process holds the whole data set, draws the same random numbers
+# and augments the whole batch (cheap beside the network); then each trains on its `share`, `parallel`
+# averages the gradients, and InfoNCE, whose negatives are all other images of the batch, needs `gather`. A
+# single process gets from these three what it gave them.
 # ---------------------------------------------------------------------------------------------------------
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -245,7 +255,8 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 
 def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
-    """Called like `model`, it averages the gradients of all processes in backward (some_idle: not all get one)."""
+    """Called like `model`, it averages the gradients of all processes in backward (some_idle: not all get
+    one)."""
     if PROCESSES == 1:
         return model
     gpu = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
@@ -254,6 +265,8 @@ def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
 
 def share(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """This process's part of a batch whose images lie along `dim`."""
+    if x.shape[dim] % PROCESSES:
+        sys.exit(f"{x.shape[dim]} can't be shared out evenly among {PROCESSES} processes: --batch or --clips")
     return x.chunk(PROCESSES, dim)[RANK]
 
 
@@ -307,9 +320,9 @@ class Machine:
 def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
-    Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to
-    25 times slower. So little work tells them apart: the best of a few products in each, in turns, 0.2 s in all. On
-    a CPU one thread's own time counts, which stays the same however busy the machine is.
+    Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back,
+    3 to 25 times slower. So little work tells them apart: the best of a few products in each, in turns, 0.2 s
+    in all. On a CPU one thread's own time counts, which stays the same however busy the machine is.
     """
     on_cpu = device.type == "cpu"
     clock = time.thread_time if on_cpu else time.perf_counter
@@ -348,7 +361,8 @@ def processor_name() -> str:
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write all of `content` or nothing: readers see the old file until the new one is complete and on disk."""
+    """Write all of `content` or nothing: readers see the old file until the new one is complete and on
+    disk."""
     if RANK > 0:
         return
     part = path.with_name(path.name + ".part")
@@ -374,7 +388,8 @@ def write_tensors(path: pathlib.Path, state: dict) -> None:
 def read_checkpoint(path: str | pathlib.Path) -> dict:
     """The contents of a checkpoint written by `Run`; SystemExit with one sentence where the file is none.
 
-    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing else.
+    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing
+    else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -390,7 +405,8 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
 
 
 def load_encoder(path: str | pathlib.Path) -> ViT:
-    """The encoder stored in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*)."""
+    """The encoder stored in a checkpoint of any stage (its weights are named encoder.* or
+    video.encoder.*)."""
     state = read_checkpoint(path)
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
@@ -413,17 +429,16 @@ def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, ste
     for name, value in asked.items():
         if value not in (None, encoder.config[name]):
             option = name.removesuffix("_size")
-            sys.exit(
-                f"the encoder in {checkpoint} has --{option} {encoder.config[name]}, not {value}; leave it out"
-            )
+            sys.exit(f"the encoder in {checkpoint} has --{option} {encoder.config[name]}, not {value}")
     return encoder
 
 
 class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again.
 
-    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt, one file. So a
-    resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights bit by bit.
+    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt, one file.
+    So a resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights
+    bit by bit.
     """
 
     def __init__(
@@ -436,8 +451,8 @@ class Run:
         steps: int,
         also: dict | None = None,
     ):
-        """`encoder`: the one in the model, or that it was made from; `steps` of an epoch; `also`: settings that are
-        no options."""
+        """`encoder`: the one in the model, or that it was made from; `steps` of an epoch; `also`: settings
+        that are no options."""
         if steps < 1:
             sys.exit(f"{name}: the images are fewer than one batch of {args.batch}; choose a smaller one")
         self.path = pathlib.Path(args.out) / f"{name}.pt"
@@ -461,7 +476,8 @@ class Run:
         )  # finished epochs, time, metric -> means of epochs
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
-            f"{name}: {encoder.patches} patches + CLS, {millions:.1f} M parameters, {args.epochs} epochs of {steps} steps"
+            f"{name}: {encoder.patches} patches + CLS, {millions:.1f} M parameters, "
+            f"{args.epochs} epochs of {steps} steps"
         )
         if args.warmup >= args.epochs:
             print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
@@ -478,14 +494,16 @@ class Run:
         for key in now:
             if before.get(key) != now[key]:
                 sys.exit(
-                    f"{self.path} was made with another {key.replace('_', '-')}: {before.get(key)}, not {now[key]}; "
+                    f"{self.path} was made with another {key.replace('_', '-')} "
+                    f"({before.get(key)}, not {now[key]}); "
                     "add --fresh to start over, or choose another --out or --name"
                 )
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         if not state["optimizer"]:  # not kept once a run is finished
             print(
-                f"{self.name}: finished before, taken from {self.path} (--fresh trains anew, with the code as it is)"
+                f"{self.name}: finished before, taken from {self.path} "
+                "(an edited file is not noticed: --fresh trains anew)"
             )
             return
         print(f"{self.name}: going on after epoch {self.epoch} of {self.args.epochs} in {state['precision']}")
@@ -566,7 +584,8 @@ class Run:
 
 
 def settings(args: argparse.Namespace, encoder: ViT) -> dict:
-    """What makes a run another one: the options, less those that leave the weights alone; of a file its contents."""
+    """What makes a run another one: the options, less those that leave the weights alone; of a file its
+    contents."""
     harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
     found = {key: value for key, value in vars(args).items() if key not in harmless}
     for key in {"init", "checkpoint", "captions"} & found.keys():
@@ -690,8 +709,8 @@ def common_arguments() -> argparse.ArgumentParser:
     add("--data", default="data", help='folder with cifar-10-batches-bin, or "synthetic" (default: data)')
     add("--out", default="runs/mine", help="folder for checkpoints, results, figures (default: runs/mine)")
     add("--name", help="name of the checkpoint and of its row in results.json")
-    add("--split", choices=["validation", "test"], default="validation", help="for the final number; choose with "
-        "validation, look at test once (default: validation)")  # fmt: skip
+    splits = ["validation", "test"]
+    add("--split", choices=splits, default="validation", help="for the final number; look at test once")
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     add("--limit", type=int, help="use only so many images of each split (default: all)")
     add("--dim", type=int, help="width of a new encoder (default: 128)")
@@ -725,10 +744,11 @@ def command(parser: argparse.ArgumentParser) -> None:
     out = pathlib.Path(args.out)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    lock = filelock.FileLock(out / f".lock{RANK or ''}")
+    lock = filelock.FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        if RANK == 0:
+            lock.acquire(timeout=0)
         held = read_results(out).get("dataset")
         asked = "synthetic" if args.data == "synthetic" else "cifar10"
         if held not in (None, asked):

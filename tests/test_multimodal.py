@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="can't write .*captions.jsonl: No space left"):
-        multimodal.append(tmp_path / "captions.jsonl", "a caption\n")
+        multimodal.append_captions(tmp_path / "captions.jsonl", "train", {0: "a caption"})
 
 
 # -------------------------------------------------------------------------------------------------- the libraries' models
@@ -296,7 +296,7 @@ def test_the_real_models_way_with_small_ones_from_folders(finished, tmp_path):
     call("multimodal.py", *fuse, "--control", "none", "image_only", *FAST, *out)
     rows = vit.read_results(tmp_path)["rows"]
     assert {"captions_blip_validation", "fusion_blip_validation", "fusion_blip_image_only_validation"} == rows.keys()
-    assert rows["fusion_blip_validation"]["report"] == multimodal.REPORT and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
+    assert rows["fusion_blip_validation"]["report"] == multimodal.REPORTED["fusion_blip"] and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
     assert "figures/captions.png" in call("analysis.py", "figures", *out)
     assert "blip captions: fusion, two blocks" in call("analysis.py", "report", *out)
 
@@ -348,8 +348,6 @@ def test_without_a_network_the_commands_that_fetch_are_named(finished, tmp_path)
     embed = ["--captions", finished / "captions_tiny.jsonl", "--clip", "ViT-B-32", "--out", tmp_path, *TINY]
     text = run("multimodal.py", "embed", *embed, code=1, env=offline)
     assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3, text
-    done = subprocess.run([sys.executable, "multimodal.py", "captioner", "--out", tmp_path, *map(str, TINY)], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "tiny\n" and "captioner: tiny; " in done.stderr  # run_all.sh reads stdout
 
 
 def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypatch):
@@ -377,23 +375,18 @@ def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finish
     _, captions, _ = multimodal.read_captions(finished / "captions_tiny.jsonl")
     own = [captions["train", i] for i in range(50)]
     place, states, _, _ = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
+    is_word = torch.arange(padded.shape[1]) < torch.tensor([len(s) for s in states])[:, None]
     index = torch.tensor([7, 0, 49, 7])
-
-    def text(**options):
-        options = {"text": "tokens", "control": None} | options
-        args = argparse.Namespace(out=finished, captions=finished / "captions_tiny.jsonl", text=options["text"])
-        given, function = multimodal.Text(args, captions, torch.device("cpu")).of("train", 50, options["control"])
-        return given, *function(index)
-
-    given, embeddings, is_word = text()
-    assert given == own
-    for row, word, i in zip(embeddings, is_word, index.tolist()):
+    embeddings, words = multimodal.Text(own, place, padded, is_word)(index)
+    for row, word, i in zip(embeddings, words, index.tolist()):
         torch.testing.assert_close(row[word], states[place[own[i]]].float())
-    _, pooled, one = text(text="pooled")
-    assert pooled.shape[1] == 1 and one.all()
-    torch.testing.assert_close(pooled[:, 0], torch.stack([states[place[own[i]]][-1] for i in index.tolist()]).float())
-    assert text(control="shuffled")[0] == own[1:] + own[:1]
-    assert text(control="image_only")[1:] == (None, None)
+    shown = np.load(finished / "fusion_tiny_shuffled_validation.npz")
+    validation = [captions["validation", i] for i in range(320)]
+    others = validation[1:] + validation[:1]
+    assert shown["captions"].tolist() == [others[i] for i in shown["shown"]]
+    same = np.load(finished / "fusion_tiny_validation.npz")
+    assert same["captions"].tolist() == [validation[i] for i in same["shown"]]
 
 
 def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
@@ -408,8 +401,8 @@ def test_beams_and_long_captions(finished):
     """The small BLIP has fewer positions than --max-new-tokens may ask for."""
     blip, processor = multimodal.load_blip(finished / "tiny_blip_0", None, torch.device("cpu"))
     nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)  # no word is likelier than another, so sentences don't end
-    args, machine = argparse.Namespace(beams=3, max_new_tokens=40), vit.Machine("cpu", "float32")
-    assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], args, machine)) == 5
+    machine = vit.Machine("cpu", "float32")
+    assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
 
 
 def test_another_clip_makes_another_fusion_run(finished):

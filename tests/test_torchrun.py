@@ -121,14 +121,15 @@ def test_a_killed_process_ends_the_run_which_then_goes_on_with_another_number_of
     same_weights(*(vit.read_checkpoint(folder / "m.pt")["model"] for folder in (tmp_path, tmp_path / "whole")))
 
 
-def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch, tmp_path):
-    from test_vit import tiny_run
+def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
+    import torch
 
     import vit
 
     monkeypatch.setattr(vit, "PROCESSES", 3)
-    with pytest.raises(SystemExit, match="8 images a step can't be shared out evenly among 3 processes"):
-        tiny_run(tmp_path)
+    assert len(vit.share(torch.zeros(9))) == 3
+    with pytest.raises(SystemExit, match="8 can't be shared out evenly among 3 processes: --batch or --clips"):
+        vit.share(torch.zeros(2, 8), dim=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Stage 2: both factorisations against independent versions, the clips, the way static videos are judged, the command."""
 
-import argparse
 import json
 
 import pytest
@@ -28,7 +27,22 @@ def clips(number=3, images=F):
     return data.synthetic(number * images)[0].view(number, images, 3, 32, 32) / 255
 
 
+def in_order(x):
+    """Every image of the clips [C, F, ...] in a frame of its own."""
+    return torch.arange(x.shape[1]).expand(len(x), -1)
+
+
 both = pytest.mark.parametrize("kind", ["encoder", "divided"])
+
+TINY = ["--data", "synthetic", "--limit", 400, "--device", "cpu", "--precision", "float32", "--split", "test"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("m")
+    call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--epochs", 1, "--out", out, *TINY)
+    return out / "m.pt"
+
 
 # -------------------------------------------------------------------------------------------------- against torch's own
 
@@ -46,7 +60,7 @@ def test_divided_attention_equals_multihead_attention_over_patches_then_over_fra
     """The oracle has no reshape of whole batches: it takes one frame, then one patch position, at a time."""
     model, x = small("divided", blocks), clips()
     with torch.no_grad():
-        found, each = model(x)
+        found, each = model(x, in_order(x))
         for c in range(len(x)):
             h = model.encoder.embed(x[c])  # [F, T, D]
             for i, block in enumerate(model.encoder.blocks):
@@ -77,7 +91,7 @@ def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
     with torch.no_grad():
         cls = torch.stack([model.encoder(clip)[:, 0] for clip in x]) + model.positions  # [C, F, D]
         x_in = torch.cat([model.cls.expand(len(x), -1, -1), cls], dim=1)
-        torch.testing.assert_close(model(x)[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x, in_order(x))[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- where they start
@@ -89,12 +103,12 @@ def test_divided_attention_starts_as_model_m_on_each_frame(blocks):
     model = video.FactorisedAttention(encoder, blocks, F).eval()
     with torch.no_grad():
         cls = torch.stack([encoder(clip)[:, 0] for clip in x])  # [C, F, D]
-        logits, each = model(x)
+        logits, each = model(x, in_order(x))
         torch.testing.assert_close(each, model.frame_head(cls))
         torch.testing.assert_close(logits, model.head(cls.mean(dim=1)))
     for temporal, block in zip(model.temporal, encoder.blocks[-blocks:]):
         assert all(torch.equal(a, b) for a, b in zip(temporal.attn.parameters(), block.attn.parameters()))
-    logits, _ = model(x)
+    logits, _ = model(x, in_order(x))
     logits.square().sum().backward()
     assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), "a gate that gets no gradient would stay shut"
 
@@ -113,14 +127,14 @@ def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
 def test_a_batch_of_clips_gives_what_the_clips_give_one_by_one(kind):
     model, x = small(kind, 2), clips()
     with torch.no_grad():
-        for together, alone in zip(model(x), zip(*(model(clip[None]) for clip in x))):
+        for together, alone in zip(model(x, in_order(x)), zip(*(model(clip[None], in_order(x)[:1]) for clip in x))):
             torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @both
 def test_no_gradient_flows_between_clips(kind):
     model, x = small(kind, 2), clips().requires_grad_()
-    model(x)[0][0].sum().backward()
+    model(x, in_order(x))[0][0].sum().backward()
     assert x.grad[0].abs().amax(dim=(1, 2, 3)).min() > 0, "every frame of a clip has its say"
     assert x.grad[1:].abs().max() == 0
 
@@ -128,7 +142,7 @@ def test_no_gradient_flows_between_clips(kind):
 @both
 def test_an_image_classified_by_itself_gets_no_gradient_from_other_frames(kind):
     model, x = small(kind), clips().requires_grad_()
-    model(x)[1][1, 2].sum().backward()
+    model(x, in_order(x))[1][1, 2].sum().backward()
     others = x.grad.flatten(0, 1)[torch.arange(3 * F) != F + 2]
     assert x.grad[1, 2].abs().max() > 0 and others.abs().max() == 0
 
@@ -147,7 +161,8 @@ def test_the_temporal_step_mixes_the_same_patch_position_of_the_same_clip_only()
 def test_the_order_of_frames_matters_only_to_temporal_positions(kind, ordered):
     model, x = small(kind, 2, ordered), clips()
     with torch.no_grad():
-        difference = (model(x)[0] - model(x[:, [2, 0, 3, 1]])[0]).abs().max()
+        mixed = x[:, [2, 0, 3, 1]]
+        difference = (model(x, in_order(x))[0] - model(mixed, in_order(x))[0]).abs().max()
     assert (difference > 1e-4) if ordered else (difference < 1e-5)
 
 
@@ -161,7 +176,8 @@ def test_an_image_shown_in_several_frames_is_what_copies_of_it_are(kind, images)
     model, x = small(kind, 2), clips(images=images)
     shown = (torch.arange(F) % images).expand(3, -1)
     with torch.no_grad():
-        torch.testing.assert_close(model(x, shown)[0], model(x[:, shown[0]])[0], rtol=1e-4, atol=1e-5)
+        copies = x[:, shown[0]]
+        torch.testing.assert_close(model(x, shown)[0], model(copies, in_order(copies))[0], rtol=1e-4, atol=1e-5)
 
 
 @both
@@ -169,7 +185,8 @@ def test_predict_shows_the_images_in_turn_until_the_clip_is_full(kind):
     model, images = small(kind), data.synthetic(6)[0]
     found = video.predict(model, images, torch.tensor([[4, 1], [0, 5]]), F, vit.Machine("cpu", "float32"))
     with torch.no_grad():
-        by_hand = torch.cat([model(images[torch.tensor([shown])] / 255)[0] for shown in ([4, 1, 4, 1], [0, 5, 0, 5])])
+        by_hand = [images[torch.tensor([shown])] / 255 for shown in ([4, 1, 4, 1], [0, 5, 0, 5])]
+        by_hand = torch.cat([model(x, in_order(x))[0] for x in by_hand])
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
 
 
@@ -205,78 +222,63 @@ def test_random_repeats_show_1_to_f_images_as_evenly_as_they_go():
 # -------------------------------------------------------------------------------------------------- the step, the command
 
 
-def options(**more):
-    return argparse.Namespace(**{"smoothing": 0.1, "frame_loss": 1.0, "repeats": True, "cutmix": 0.5} | more)
-
-
-@both
-@pytest.mark.parametrize("repeats", [False, True])
-def test_a_step_leaves_nothing_on_the_cpu_and_never_waits_for_the_device(kind, repeats):
+def test_augmentation_and_loss_stay_on_the_device_and_never_wait_for_it():
     """See the test of the same name in test_ssl.py."""
-    model, machine = small(kind).to("meta"), vit.Machine("meta", "float32")
-    images, labels = torch.empty(2, F, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
-    metrics = video.clip_step(model, images, labels, options(repeats=repeats), machine)
-    metrics["loss"].backward()
-    assert all(value.is_meta and value.ndim == 0 for value in metrics.values())
+    model, device = small("encoder").to("meta"), torch.device("meta")
+    images = torch.empty(2 * F, 3, 32, 32, dtype=torch.uint8, device=device)
+    labels = torch.empty(2, dtype=torch.long, device=device)
+    x = data.crop_flip(images).unflatten(0, (2, F))
+    mixed, other, kept = data.cutmix(x.flatten(1, 2), labels)
+    logits, each = model(mixed.view(x.shape), video.random_repeats(2, F, device))
+    loss = video.clip_loss(logits, each, labels, other, kept, 0.1, 16.0)
+    loss.backward()
+    assert loss.is_meta and data.cutmix_accuracy(logits, labels, other, kept).is_meta
 
 
-class Fixed(nn.Module):
-    """In place of a network: the same logits whatever it is shown; it keeps what it was shown."""
-
-    logits, each = torch.randn(2, 10, generator=torch.Generator().manual_seed(1)), torch.randn(2, F, 10, generator=torch.Generator().manual_seed(2))
-
-    def forward(self, images, shown):
-        self.images = images
-        return self.logits, self.each
-
-
-def test_the_loss_is_that_of_the_clip_plus_the_weighted_loss_of_its_images():
-    labels, model = torch.tensor([3, 7]), Fixed()
-    args = options(repeats=False, cutmix=0, smoothing=0, frame_loss=2.5)
-    found = video.clip_step(model, data.synthetic(2 * F)[0].view(2, F, 3, 32, 32), labels, args, vit.Machine("cpu", "float32"))
-    clip = -model.logits.log_softmax(1)[[0, 1], labels].mean()
-    own = torch.stack([-model.each.log_softmax(2)[c, f, labels[c]] for c in range(2) for f in range(F)]).mean()
-    assert found["loss"].item() == pytest.approx((clip + 2.5 * own).item(), rel=1e-5)
-
-
-def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip_and_both_labels():
-    labels, model, g = torch.tensor([3, 7]), Fixed(), torch.Generator().manual_seed(0)  # a seed whose permutation swaps the two
-    images = torch.tensor([50, 200], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, F, 3, 32, 32)  # a colour per clip
-    args = options(repeats=False, cutmix=1, smoothing=0, frame_loss=1)
-    found = video.clip_step(model, images, labels, args, vit.Machine("cpu", "float32"), g)
-    own = (model.images[0] * 255).round() == 50  # [F, 3, 32, 32], pixels that stayed
-    share = own.float().mean().item()
-    assert 0.05 < share < 0.95 and (own == own[:1, :1]).all()
+def test_the_loss_is_that_of_the_clip_plus_the_weighted_loss_of_its_images_each_with_both_labels():
+    labels, other, kept = torch.tensor([3, 7]), torch.tensor([7, 0]), torch.tensor(0.7)
+    logits, each = torch.randn(2, 10), torch.randn(2, F, 10)
+    found = video.clip_loss(logits, each, labels, other, kept, smoothing=0.0, frame_loss=2.5)
 
     def loss(y):
-        return (-model.logits.log_softmax(1)[[0, 1], y].mean() - model.each.log_softmax(2)[[0, 1], :, y].mean()).item()
+        clip = -logits.log_softmax(1)[[0, 1], y].mean()
+        own = torch.stack([-each.log_softmax(2)[c, f, y[c]] for c in range(2) for f in range(F)]).mean()
+        return clip + 2.5 * own
 
-    assert found["loss"].item() == pytest.approx(share * loss(labels) + (1 - share) * loss(labels.flip(0)), rel=1e-5)
+    assert found.item() == pytest.approx((0.7 * loss(labels) + 0.3 * loss(other)).item(), rel=1e-5)
+    alone = video.clip_loss(logits, each, labels, other, kept, smoothing=0.0, frame_loss=0.0)
+    assert alone.item() == pytest.approx(data.cutmix_loss(logits, labels, other, kept, 0.0).item())
+
+
+def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip(tmp_path, pretrained, monkeypatch):
+    """As the network sees it in training: a clip's frames, all of one colour, hold the same foreign pixels."""
+    seen, forward = [], video.FactorisedEncoder.forward
+
+    def look(model, images, shown, trace=None):
+        if model.training:
+            seen.append(images)
+        return forward(model, images, shown, trace)
+
+    monkeypatch.setattr(video.FactorisedEncoder, "forward", look)
+    images, labels = data.synthetic(400)
+    plain = (25 * labels).to(torch.uint8)[:, None, None, None].expand_as(images)  # a colour per class
+    monkeypatch.setattr(data, "load", lambda *_: (plain, labels))
+    call("video.py", "--checkpoint", pretrained, "--cutmix", 1, "--no-repeats", "--epochs", 1, "--out", tmp_path, *TINY)
+    mixed = 0
+    for clip in torch.cat(seen):  # [F, 3, 32, 32]
+        colours = clip.unique()
+        assert len(colours) <= 2 and (clip == clip[:1, :1]).all()
+        mixed += len(colours) - 1
+    assert mixed > 0
 
 
 @both
-def test_the_loss_falls(kind):
-    images, labels = data.synthetic(400)
-    index = video.clip_steps(data.SameClassBatchSampler(labels, F), labels.tolist(), 20, True)[0]
-    model, machine = small(kind), vit.Machine("cpu", "float32")
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
-    for _ in range(40):
-        loss = video.clip_step(model, images[index], labels[index[:, 0]], options(cutmix=0, repeats=False), machine)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.95 * sum(losses[:5]) / 5
-
-
-TINY = ["--data", "synthetic", "--limit", 400, "--device", "cpu", "--precision", "float32", "--split", "test"]
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("m")
-    call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--epochs", 1, "--out", out, *TINY)
-    return out / "m.pt"
+def test_the_loss_falls(kind, tmp_path, pretrained):
+    name = f"video_{kind}_1"
+    call("video.py", "--checkpoint", pretrained, "--model", kind, "--epochs", 6, "--out", tmp_path, *TINY)
+    losses = vit.read_checkpoint(tmp_path / f"{name}.pt")["history"]["loss"]
+    print(kind, losses[-1] / losses[0])
+    assert losses[-1] < 0.97 * losses[0]
 
 
 def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
@@ -303,11 +305,11 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
     call(*command, "--out", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
 
-        def stop_after_saving(run, save=vit.Run._save):
-            save(run)
+        def stop_after_saving(run, save=vit.Run.save, **measured):
+            save(run, **measured)
             raise KeyboardInterrupt
 
-        patch.setattr(vit.Run, "_save", stop_after_saving)
+        patch.setattr(vit.Run, "save", stop_after_saving)
         call(*command, "--out", tmp_path / "parts", code=130)
     assert "going on after epoch 1" in call(*command, "--out", tmp_path / "parts")
     whole, parts = (vit.read_checkpoint(tmp_path / p / "video_encoder_1.pt") for p in ("whole", "parts"))
@@ -325,7 +327,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
     (["--dim", 64], "has --dim 32, not 64"),
     (["--patch", 4], "has --patch 8, not 4"),
     (["--blocks", 7], "has only 6 blocks"),
-    (["--clips", 100], "fewer clips than one step of"),
+    (["--clips", 100], "fewer than one batch"),
     (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
 ])  # fmt: skip
 def test_mistakes_get_one_clear_sentence(tmp_path, pretrained, more, message):
