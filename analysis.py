@@ -23,8 +23,6 @@ import argparse
 import io
 import json
 import pathlib
-import re
-import statistics
 import textwrap
 
 import numpy as np
@@ -89,8 +87,16 @@ def maps(args: argparse.Namespace) -> None:
         arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
     for when, row in measured.items():
-        vit.record(args, f"maps_{when}", machine, data.describe(args.data), value=row.pop("entropy"), **row,
-                   precision="float32", weights=vit.fingerprint(args.before, args.after))  # fmt: skip
+        vit.record(
+            args,
+            f"maps_{when}",
+            machine,
+            data.describe(args.data),
+            value=row.pop("entropy"),
+            **row,
+            precision="float32",
+            weights=vit.fingerprint(args.before, args.after),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,10 +209,20 @@ def cka(args: argparse.Namespace) -> None:
         steps = {
             name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()
         }  # JSON has no nan
-        vit.record(args, f"cka_{when}", machine, data.describe(args.data), value=biased[-3, -2].item(), report=reported,
-                   debiased=debiased[-3, -2].item(), whole_block=biased[-3, -1].item(), whole_block_debiased=debiased[-3, -1].item(),
-                   **steps, precision="float32",
-                   weights=vit.fingerprint(args.before, args.after))  # fmt: skip
+        vit.record(
+            args,
+            f"cka_{when}",
+            machine,
+            data.describe(args.data),
+            value=biased[-3, -2].item(),
+            report=reported,
+            debiased=debiased[-3, -2].item(),
+            whole_block=biased[-3, -1].item(),
+            whole_block_debiased=debiased[-3, -1].item(),
+            **steps,
+            precision="float32",
+            weights=vit.fingerprint(args.before, args.after),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,7 +251,7 @@ VIRIDIS = np.array(
         [170, 220, 50],
         [253, 231, 37],
     ]
-)  # fmt: skip  (matplotlib's, every 1/8)
+)
 
 
 class Page:
@@ -269,8 +285,15 @@ class Page:
         self.text(x - 6, y + 6, f"{low:.2f}", 12, anchor="rm")
         self.text(x + width + 6, y + 6, f"{high:.2f}   {label}", 12, anchor="lm")
 
-    def chart(self, box: tuple, lines: dict[str, list], title: str, percent: bool = False, ticks: dict[int, str] | None = None,
-              below: str = "epoch") -> None:  # fmt: skip
+    def chart(
+        self,
+        box: tuple,
+        lines: dict[str, list],
+        title: str,
+        percent: bool = False,
+        ticks: dict[int, str] | None = None,
+        below: str = "epoch",
+    ) -> None:
         """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height). `ticks`: place ->
         its label."""
         x0, y0, w, h = box
@@ -338,9 +361,16 @@ def draw_patches(args: argparse.Namespace, footer: str) -> Page:
     images, _ = data.load(args.data, "validation", limit=4)
     images = images.float() / 255
     augmented, masked, rotated, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed))
-    page = Page(860, 740, "Patch augmentation", "An image is 16 patches of 8x8 pixels. Eight at random are set A: four are "
-                "blacked out, four turned by one angle\n(counter-clockwise). Model M names the angle and repaints the black "
-                "patches, so it needs no labels.", footer)  # fmt: skip
+    page = Page(
+        860,
+        740,
+        "Patch augmentation",
+        "An image is 16 patches of 8x8 pixels. Eight at random are set A: four are "
+        "blacked out, four turned by one angle\n(counter-clockwise). Model M names the angle and repaints "
+        "the black "
+        "patches, so it needs no labels.",
+        footer,
+    )
     for i in range(len(images)):
         y = page.top + 20 + 175 * i
         for x, picture in ((24, images), (230, images), (436, augmented)):
@@ -373,9 +403,16 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
     patches = data.patchify(augmented, patch)  # [B, N, 3, P, P]
     painted = painted.view(*masked.shape, *patches.shape[2:]) * 0.25 + 0.5  # vit.standardise undone
     patches[torch.arange(len(images))[:, None], masked] = painted
-    page = Page(960, 410, "Model M at work", "Top: the input, four patches black and four turned. Middle: the same with M's "
-                "guess for the black patches (it minimises\nthe squared error, so it paints the average of what could be "
-                "there: blur). Bottom: the image. Below it the angle.", footer)  # fmt: skip
+    page = Page(
+        960,
+        410,
+        "Model M at work",
+        "Top: the input, four patches black and four turned. Middle: the same with M's "
+        "guess for the black patches (it minimises\nthe squared error, so it paints the average of what "
+        "could be "
+        "there: blur). Bottom: the image. Below it the angle.",
+        footer,
+    )
     for i in range(len(images)):
         for row, picture in enumerate((augmented, data.unpatchify(patches), images)):
             page.paste(pixels(picture[i]), 24 + 116 * i, page.top + 116 * row, 110)
@@ -400,11 +437,23 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
         for when in ("before", "after")
     }
     low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
-    focus_text = {when: ", ".join(f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}" for k, v in
-                  (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))) for when in sides}  # fmt: skip
-    page = Page(980, 600, "Where is CLS' content? Cosine of the CLS token with each patch token",
-                f"One row each for the image, the map before and after fine-tuning, the map laid over the image; same colours in all. Over the\n"
-                f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: {focus_text['after']}.", footer)  # fmt: skip
+    focus_text = {
+        when: ", ".join(
+            f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}"
+            for k, v in (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))
+        )
+        for when in sides
+    }
+    page = Page(
+        980,
+        600,
+        "Where is CLS' content? Cosine of the CLS token with each patch token",
+        "One row each for the image, the map before and after fine-tuning, the map laid over the image; "
+        "same colours in all. Over the\n"
+        f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: "
+        f"{focus_text['after']}.",
+        footer,
+    )
     order = ["image", "before", "before,\nover it", "after", "after,\nover it"]
     for r, label in enumerate(order):
         page.text(14, page.top + 46 + 106 * r, label, 13)
@@ -426,8 +475,15 @@ def draw_maps(args: argparse.Namespace, footer: str) -> Page:
 def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
     """The whole token-by-token similarity matrix of three images."""
     stored = np.load(vit.arrays_path(args, "maps"))
-    page = Page(960, 615, "Every token against every token", f"Cosine between the {stored['before'].shape[1]} tokens, CLS first, then the patches row by row; "
-                "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines parallel to it join patches above each other.", footer)  # fmt: skip
+    page = Page(
+        960,
+        615,
+        "Every token against every token",
+        f"Cosine between the {stored['before'].shape[1]} tokens, CLS first, then the patches row by row; "
+        "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines "
+        "parallel to it join patches above each other.",
+        footer,
+    )
     low, names = min(stored[w].min() for w in ("before", "after")), data.class_names(args.data)
     for i, label in enumerate(stored["labels"][:3]):
         page.text(80 + 290 * i + 127, page.top, names[label], 14, anchor="ma")
@@ -446,11 +502,22 @@ def draw_cka(args: argparse.Namespace, footer: str) -> Page:
     stored, rows = np.load(vit.arrays_path(args, "cka")), rows_of(args)
     depth = len(stored["before_biased"]) // 2
     labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
-    texts = {w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} (debiased {rows[f'cka_{w}']['debiased']:.4f}), "
-                f"last block: {rows[f'cka_{w}']['whole_block']:.4f}" for w in ("before", "after")}  # fmt: skip
-    page = Page(1000, 545, "Linear CKA of the CLS token along the network", "The residual stream after each attention (a1, a2, ...) and each "
-                "MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common.\nGrey: CLS enters the first block the "
-                "same for every image, so there is nothing to compare. Cells next to the diagonal are single steps.", footer)  # fmt: skip
+    texts = {
+        w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} "
+        f"(debiased {rows[f'cka_{w}']['debiased']:.4f}), "
+        f"last block: {rows[f'cka_{w}']['whole_block']:.4f}"
+        for w in ("before", "after")
+    }
+    page = Page(
+        1000,
+        545,
+        "Linear CKA of the CLS token along the network",
+        "The residual stream after each attention (a1, a2, ...) and each "
+        "MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common.\nGrey: CLS "
+        "enters the first block the "
+        "same for every image, so there is nothing to compare. Cells next to the diagonal are single steps.",
+        footer,
+    )
     cell = 420 // len(labels)
     for i, when in enumerate(("before", "after")):
         x = 60 + 500 * i
@@ -473,10 +540,18 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
     for name, history in histories.items():
         for metric, line in history.items():
             panels.setdefault(metric, {})[name] = line
-    page = Page(1080, 30 + 270 * ((len(panels) + 1) // 2), "Learning curves", "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
-                "the other view of their image; angle: right rotation;\nmse: squared error of the masked patches, in standardised pixels; "
-                "train, validation: right class (validation: held-out images).\nm: Model M from scratch; m_infonce: continued from InfoNCE; "
-                "m_joint: that, with InfoNCE beside it.", footer)  # fmt: skip
+    page = Page(
+        1080,
+        30 + 270 * ((len(panels) + 1) // 2),
+        "Learning curves",
+        "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
+        "the other view of their image; angle: right rotation;\nmse: squared error of the masked patches, in "
+        "standardised pixels; "
+        "train, validation: right class (validation: held-out images).\nm: Model M from scratch; m_infonce: "
+        "continued from InfoNCE; "
+        "m_joint: that, with InfoNCE beside it.",
+        footer,
+    )
     for k, (metric, lines) in enumerate(panels.items()):
         box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
         page.chart(box, lines, metric, percent=metric not in ("loss", "mse"))
@@ -490,8 +565,14 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
     confusion = np.zeros((K, K))
     np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
     percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    page = Page(980, 515, "Which classes does the fine-tuned model confuse?", f"Rows: the true class; columns: the model's answer, in percent "
-                f"of the row. {int(confusion.sum()):,} images. Right: accuracy per class.", footer)  # fmt: skip
+    page = Page(
+        980,
+        515,
+        "Which classes does the fine-tuned model confuse?",
+        f"Rows: the true class; columns: the model's answer, in percent "
+        f"of the row. {int(confusion.sum()):,} images. Right: accuracy per class.",
+        footer,
+    )
     page.heat_map(percent, 110, page.top + 10, 46, names, 0, 100)
     for k, v in enumerate(percent.diagonal()):
         y = page.top + 18 + 46 * k
@@ -507,10 +588,17 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
     stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.class_names(args.data)
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
-    page = Page(220 + cell * F, 40 + 84 * len(weights), f"Pseudo-videos: {F} images of one class, and where the temporal CLS token looks",
-                f"Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is {top:.3f}, an even share "
-                f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: the answer to the whole clip. "
-                "These clips are put together by their labels.", footer)  # fmt: skip
+    page = Page(
+        220 + cell * F,
+        40 + 84 * len(weights),
+        f"Pseudo-videos: {F} images of one class, and where the temporal CLS token looks",
+        "Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is "
+        f"{top:.3f}, an even share "
+        f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: "
+        "the answer to the whole clip. "
+        "These clips are put together by their labels.",
+        footer,
+    )
     for k, clip in enumerate(pixels(stored["images"])):
         y, truth, guess = page.top + 12 + 84 * k, stored["labels"][k], stored["guess"][k]
         page.text(24, y + 52, names[truth], 14, anchor="lm")
@@ -540,14 +628,28 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
     if not rows:
         raise FileNotFoundError("no row of video.py")
     places = max((row["different"] for row in rows.values()), key=len)
-    page = Page(1180, 430, "Pseudo-videos: what more images bring, and one block against two",
-                "Left: accuracy over the number of different images of one class that fill the frames. 1: a static video, the test that "
-                "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos of the validation split "
-                "and on the training clips (augmented, as trained).\nencoder: factorised encoder; divided: factorised self-attention; report: trained as in the report; "
-                "1, 2: temporal blocks.", footer)  # fmt: skip
+    page = Page(
+        1180,
+        430,
+        "Pseudo-videos: what more images bring, and one block against two",
+        "Left: accuracy over the number of different images of one class that fill the frames. 1: a static "
+        "video, the test that "
+        "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos "
+        "of the validation split "
+        "and on the training clips (augmented, as trained).\nencoder: factorised encoder; divided: "
+        "factorised self-attention; report: trained as in the report; "
+        "1, 2: temporal blocks.",
+        footer,
+    )
     ticks = {k + 1: n for k, n in enumerate(places)}
-    page.chart((70, page.top + 44, 330, 260), {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
-               "accuracy by different images", True, ticks, "different images in the clip")  # fmt: skip
+    page.chart(
+        (70, page.top + 44, 330, 260),
+        {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
+        "accuracy by different images",
+        True,
+        ticks,
+        "different images in the clip",
+    )
     histories = {
         n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"]
         for n in ("video_encoder_1", "video_encoder_2")
@@ -574,9 +676,16 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
         np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only")
     )
     truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
-    page = Page(1100, 645, f"Captions by the {MADE_BY[who]}, and what they change",
-                f"Beside each image its caption, under it the true class, then the answer without text (the control that never saw a caption) and with it. Of {len(truth):,} images,\n"
-                f"{np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only without. Shown: the first two of each class.", footer)  # fmt: skip
+    page = Page(
+        1100,
+        645,
+        f"Captions by the {MADE_BY[who]}, and what they change",
+        "Beside each image its caption, under it the true class, then the answer without text (the control "
+        f"that never saw a caption) and with it. Of {len(truth):,} images,\n"
+        f"{np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only "
+        "without. Shown: the first two of each class.",
+        footer,
+    )
     for i, image in enumerate(pixels(both["images"])):
         x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
         page.paste(image, x, y, 84)
@@ -596,9 +705,16 @@ def draw_words(args: argparse.Namespace, footer: str) -> Page:
     stored = np.load(vit.arrays_path(args, f"fusion_{who}_tokens"))
     weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
     widths = {i: [max(52, 9 * len(word) + 14) for word in stored["words"][i].split(" ")] for i in rows}
-    page = Page(max(1000, 220 + max(map(sum, widths.values()))), 30 + 62 * len(rows), f"Which words does the image ask? Captions by the {MADE_BY[who]}",
-                "Attention of the temporal CLS over the tokens of the caption (mean of the heads; each row adds up to one). CLIP reads from left to right, so a\n"
-                "token's state knows all words before it: attention on the end of the sentence can still be about its beginning.", footer)  # fmt: skip
+    page = Page(
+        max(1000, 220 + max(map(sum, widths.values()))),
+        30 + 62 * len(rows),
+        f"Which words does the image ask? Captions by the {MADE_BY[who]}",
+        "Attention of the temporal CLS over the tokens of the caption (mean of the heads; each row adds up "
+        "to one). CLIP reads from left to right, so a\n"
+        "token's state knows all words before it: attention on the end of the sentence can still be about "
+        "its beginning.",
+        footer,
+    )
     high = weights.max()
     for r, i in enumerate(rows):
         x, y, truth = 190, page.top + 12 + 62 * r, stored["labels"][stored["shown"][i]]
@@ -622,9 +738,15 @@ def draw_controls(args: argparse.Namespace, footer: str) -> Page:
     bars = [(name, TABLE[name][0], rows[name]["value"]) for name in language_rows(who) if name in rows]
     if not bars:
         raise FileNotFoundError("no row of multimodal.py")
-    page = Page(1060, 40 + 44 * len(bars), f"Does the caption help, or merely answer? Captions by the {MADE_BY[who]}",
-                f"Accuracy on static videos of the {args.split} split, each control trained like fusion, the first not at all. Help: fusion is above both image only "
-                "and text only.\nMerely answer: fusion is no better than reading the class name off the caption.", footer)  # fmt: skip
+    page = Page(
+        1060,
+        40 + 44 * len(bars),
+        f"Does the caption help, or merely answer? Captions by the {MADE_BY[who]}",
+        f"Accuracy on static videos of the {args.split} split, each control trained like fusion, the first "
+        "not at all. Help: fusion is above both image only "
+        "and text only.\nMerely answer: fusion is no better than reading the class name off the caption.",
+        footer,
+    )
     for r, (name, what, value) in enumerate(bars):
         y = page.top + 14 + 44 * r
         page.text(478, y + 13, what, 13, anchor="rm")
@@ -634,10 +756,20 @@ def draw_controls(args: argparse.Namespace, footer: str) -> Page:
     return page
 
 
-FIGURES = {"patches": draw_patches, "reconstruction": draw_reconstruction, "maps": draw_maps, "tokens": draw_tokens,
-           "cka": draw_cka, "curves": draw_curves, "classes": draw_classes,
-           "clips": draw_clips, "video": draw_video,
-           "captions": draw_captions, "words": draw_words, "controls": draw_controls}  # fmt: skip
+FIGURES = {
+    "patches": draw_patches,
+    "reconstruction": draw_reconstruction,
+    "maps": draw_maps,
+    "tokens": draw_tokens,
+    "cka": draw_cka,
+    "curves": draw_curves,
+    "classes": draw_classes,
+    "clips": draw_clips,
+    "video": draw_video,
+    "captions": draw_captions,
+    "words": draw_words,
+    "controls": draw_controls,
+}
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, dict]:
@@ -668,8 +800,11 @@ def figures(args: argparse.Namespace) -> None:
 # The moving picture
 # ------------------------------------------------------------------------------------------------------------
 
-FILM = {"infonce": "learning without labels: InfoNCE", "m_joint": "learning without labels: Model M and InfoNCE",
-        "finetune": "fine-tuning on labels"}  # fmt: skip
+FILM = {
+    "infonce": "learning without labels: InfoNCE",
+    "m_joint": "learning without labels: Model M and InfoNCE",
+    "finetune": "fine-tuning on labels",
+}
 
 
 def nearest_neighbours(
@@ -698,7 +833,8 @@ def movie(args: argparse.Namespace) -> None:
         scenes += [(f"{what}, epoch {kept[i]} of {last}", out / f"{name}-epoch{kept[i]}.pt") for i in chosen]
     if len(scenes) == 1:
         return print(
-            f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs --fresh` keeps them",
+            f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs "
+            "--fresh` keeps them",
             flush=True,
         )
     made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
@@ -736,8 +872,16 @@ def movie(args: argparse.Namespace) -> None:
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
     pictures, footer, frames = pixels(validation[0][shown].cpu()), data.describe(args.data)["provenance"], []
     for f, (what, _) in enumerate(scenes):
-        page = Page(900, 350, what, "Validation images; below each, the cosine of CLS with every patch (yellow: high), and the class of most of its 20 nearest\n"
-                    f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is right for {len(validation[1]):,} images.", footer)  # fmt: skip
+        page = Page(
+            900,
+            350,
+            what,
+            "Validation images; below each, the cosine of CLS with every patch (yellow: high), and the class "
+            "of most of its 20 nearest\n"
+            f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is "
+            f"right for {len(validation[1]):,} images.",
+            footer,
+        )
         for i, image in enumerate(pictures):
             x = 24 + 86 * i
             page.paste(image, x, page.top + 6, 80)
@@ -857,7 +1001,8 @@ def report(args: argparse.Namespace) -> None:
     rows = rows_of(args)
     if not rows:
         raise SystemExit(
-            f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the stages that write them"
+            f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the "
+            "stages that write them"
         )
 
     if args.seconds:
@@ -910,21 +1055,33 @@ def report(args: argparse.Namespace) -> None:
             )
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|" + "---:|" * 5 + "---|")
-    stamp = (
-        "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n" if results["dataset"] == "synthetic" else ""
-    )
-    tiny = (" Tiny captions are not BLIP's: a small captioner of the same library class, trained here on the training labels, "
-            "wrote them; they hold no knowledge from outside.") if "captions_tiny" in rows else ""  # fmt: skip
+    stamp = ""
+    if results["dataset"] == "synthetic":
+        stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n"
+    if args.limit:
+        stamp += f"**ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing.**\n\n"
+    tiny = ""
+    if "captions_tiny" in rows:
+        tiny = (
+            " Tiny captions are not BLIP's: a small captioner of the same library class, trained here on the "
+            "training labels, wrote them; they hold no knowledge from outside."
+        )
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     pictures = [
         f"### {name}\n\n![{name}](figures/{name}.png)\n"
         for name in FIGURES
         if (out / "figures" / f"{name}.png").exists()
     ]
-    text = (f"# Results of {out.name}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} split, one seed "
-            f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n" + "\n".join(lines) + "\n\n"
-            "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a probe reads "
-            "is chosen on the validation split." + tiny + "\n\n" + "\n".join(pictures))  # fmt: skip
+    text = (
+        f"# Results of {out.name}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} "
+        "split, one seed "
+        f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a "
+        "probe reads "
+        "is chosen on the validation split." + tiny + "\n\n" + "\n".join(pictures)
+    )
     vit.write_file(out / "report.md", text.encode())
     widths = [max(len(cells[c]) for cells in table) for c in range(6)]
     for cells in table:
@@ -934,86 +1091,9 @@ def report(args: argparse.Namespace) -> None:
                 for c, (cell, w) in enumerate(zip(cells[:6], widths))
             )
         )
-    print(
-        f"{stamp.strip().strip('*')}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}".lstrip()
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Publishing. README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each
-# followed by the number it asks for and <!--/-->. `publish` fills them in from the runs, so no result on
-# those pages is typed.
-# ------------------------------------------------------------------------------------------------------------
-
-MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
-
-
-def entry(runs: dict[str, dict], what: str) -> str:
-    """What a mark asks for, as text; `runs`: name of a run -> its results.json.
-
-    laptop:finetune                  the row's value; with several seeds, mean and standard deviation
-    report:finetune                  the same in the coursework report
-    laptop:m_probe:training.angle    another entry of the row
-    laptop::versions.torch           an entry of the run itself
-    """
-    profile, row, key = (what.split(":") + [""])[:3]
-    key = "report" if profile == "report" else key or "value"
-    found = []
-    for results in [r for name, r in runs.items() if profile in ("report", *name.split("-"))]:
-        value = results["rows"].get(row) if row else results
-        for step in key.split("."):
-            value = (
-                None if value is None else value[int(step)] if isinstance(value, list) else value.get(step)
-            )
-        found += [] if value is None else [value]
-    if not found:
-        return "not measured"
-    if key == "command":
-        return found[0]
-    if not row or isinstance(found[0], str):
-        return ", ".join(dict.fromkeys(f"{v / 60:.0f} min" if key == "seconds" else str(v) for v in found))
-    if key in ("epochs", "memory_gb"):
-        return str(max(found))
-    mean = statistics.mean(found)
-    if key == "seconds":
-        return f"{mean / 60:.1f} min"
-    return formatted(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
-
-
-def filled(page: str, runs: dict[str, dict]) -> str:
-    """The page with every mark's number brought up to date."""
-    return MARK.sub(lambda mark: f"<!--={mark[1]}-->{entry(runs, mark[1])}<!--/-->", page)
-
-
-def publish(args: argparse.Namespace) -> None:
-    """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and
-    README.md."""
-    folders = [pathlib.Path(f) for f in args.runs] or sorted(
-        f
-        for f in pathlib.Path("runs").glob("cifar10-*")
-        if f.name.split("-")[1] in ("full", "laptop", "quick")
-    )
-    runs = {f.name: vit.read_results(f) for f in folders if (f / "results.json").exists()}
-    if not runs:
-        raise SystemExit("there is no finished run in runs/; `bash run_all.sh` makes one")
-    for name, results in runs.items():
-        if results["dataset"] != "cifar10":
-            raise SystemExit(
-                f"{name} holds results on {results['dataset']} images, which are not to be published as CIFAR-10 numbers"
-            )
-    out = pathlib.Path("results")
-    vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
-    for picture in [f"{name}.png" for name in FIGURES] + ["learning.gif"]:
-        if found := [f / "figures" / picture for f in folders if (f / "figures" / picture).exists()]:
-            vit.write_file(out / "figures" / picture, found[0].read_bytes())
-    for page in (out / "report.md", out.parent / "README.md"):
-        text = filled(page.read_text(), runs)
-        vit.write_file(page, text.encode())
-        missing = sorted({mark for mark in MARK.findall(text) if entry(runs, mark) == "not measured"})
-        print(
-            f"{page}: {len(MARK.findall(text))} numbers from {', '.join(runs)}; not measured: {', '.join(missing) or 'none'}",
-            flush=True,
-        )
+    if stamp:
+        print(stamp.replace("*", "").strip())
+    print(f"the table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
 
 
 def main() -> None:
@@ -1022,7 +1102,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[vit.common_arguments()],
     )
-    stages = {function.__name__: function for function in (maps, cka, figures, movie, report, publish)}
+    stages = {function.__name__: function for function in (maps, cka, figures, movie, report)}
     parser.add_argument(
         "what", nargs="+", choices=list(stages), help="one of these, or several, one after another"
     )
@@ -1030,13 +1110,6 @@ def main() -> None:
     parser.add_argument("--after", help="maps, cka: checkpoint after fine-tuning")
     parser.add_argument(
         "--seconds", type=int, help="report: how long the whole run took, where it ran in one go"
-    )
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="publish: finished runs (default: runs/cifar10-full*, -laptop* and -quick*)",
     )
 
     def run(args: argparse.Namespace) -> None:

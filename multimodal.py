@@ -514,7 +514,7 @@ HUES = "red yellow green cyan blue purple".split()
 
 
 def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
-    """One sentence an image, "the cat on dark green far away": the class word from the label, the rest measured.
+    """One sentence an image, "the cat on dark green far away": the class from the label, the rest measured.
     images: uint8 [n, 3, S, S], labels [n].
 
     Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has

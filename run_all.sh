@@ -165,9 +165,14 @@ if [ "$profile" = full ]; then  # hours, without a GPU
 fi
 
 # ---------------------------------------------------------------- stage 3: language
-printf '\n== captions by the real BLIP, or by a small one of our own?\n'
-if [ -e "$out/captions_blip.jsonl" ]; then captioner=blip  # begun here, or brought from another machine
-else captioner=$(python multimodal.py captioner "${common[@]}"); fi  # blip or tiny; the reason goes to the terminal
+captioner=tiny
+blip="python multimodal.py caption --captioner blip"
+if [ -e "$out/captions_blip.jsonl" ]; then  # begun here, or brought from another machine
+  captioner=blip
+elif python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then  # on a CPU BLIP would take a night
+  if stage "a caption for every image, by BLIP" $blip; then captioner=blip
+  else echo "so the captions come from a small BLIP, trained here"; fi
+fi
 captions=$out/captions_$captioner.jsonl
 fuse="$train multimodal.py fuse --epochs $epochs_fusion --cutmix $cutmix --captions"
 if [ "$captioner" = tiny ]; then

@@ -16,6 +16,7 @@ P patch size in pixels, S image size in pixels.
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from importlib.metadata import version
 
 import torch
@@ -259,6 +261,8 @@ def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
     one)."""
     if PROCESSES == 1:
         return model
+    # of CLS, which is one for the whole batch: harmless
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     gpu = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
 
@@ -271,12 +275,19 @@ def share(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The inverse of `share`: the parts of all processes, joined; gradients find their way back to each."""
+    """The inverse of `share`: the parts of all processes, joined; each process's gradient reaches its own part.
+
+    A softmax over some of the scores is no part of the softmax over all, so every process computes the loss of the
+    whole batch, and from it the gradient of its part alone. The whole gradient is the sum of these; `parallel` takes
+    their mean; so each is multiplied by their number.
+    """
     if PROCESSES == 1:
         return x
-    import torch.distributed.nn.functional
-
-    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()), dim)
+    parts = [torch.empty_like(x) for _ in range(PROCESSES)]
+    dist.all_gather(parts, x.detach().contiguous())
+    x.register_hook(lambda gradient: gradient * PROCESSES)
+    parts[RANK] = x  # the others' are constants here
+    return torch.cat(parts, dim)
 
 
 class Machine:
@@ -299,6 +310,7 @@ class Machine:
             sys.exit(f"the device {device!r} can't be used on this machine ({first}); try --device cpu")
         if PROCESSES > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
         choice = [precision, "as asked"] if precision != "auto" else [*faster_precision(self.device)]
@@ -773,8 +785,6 @@ def command(parser: argparse.ArgumentParser) -> None:
         )
     finally:
         lock.release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main() -> None:

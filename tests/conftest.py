@@ -23,7 +23,7 @@ def seeded():
 
 def load(name):
     """The module in ROOT/name, loaded once. ssl.py gets another name, since `import ssl` is, rightly, Python's own."""
-    module_name = "stage1" if name == "ssl.py" else name.removesuffix(".py")
+    module_name = "stage1" if name == "ssl.py" else pathlib.Path(name).stem
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, ROOT / name)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)

@@ -6,10 +6,12 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, call, run
+from conftest import ROOT, call, load, run
 
 import analysis
 import vit
+
+publish = load("results/publish.py")
 
 PAGES = [ROOT / "README.md", ROOT / "results" / "report.md"]
 RUNS = json.loads((ROOT / "results" / "results.json").read_text())
@@ -27,13 +29,13 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_numbers_on_the_page_are_those_of_results_json(page):
     text = page.read_text()
-    assert len(analysis.MARK.findall(text)) > 30
-    assert text == analysis.filled(text, RUNS), "python analysis.py publish brings the page up to date"
+    assert len(publish.MARK.findall(text)) > 30
+    assert text == publish.filled(text, RUNS), "python results/publish.py brings the page up to date"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_result_on_the_page_is_typed_by_hand(page):
-    typed = analysis.MARK.sub("", page.read_text())
+    typed = publish.MARK.sub("", page.read_text())
     assert re.findall(r"\d+\.\d+ ?%|0\.\d{3,}|\d+(?:\.\d+)? (?:points|images/s)", typed) == []
 
 
@@ -86,7 +88,7 @@ RESULTS = {"cifar10-laptop": {"seed": 0, "rows": {"m_probe": {"value": 0.5, "sec
     ("laptop:cka_after:blocks.1", "0.2000"), ("laptop::seed", "0, 1"), ("full::seconds", "10 min"), ("laptop::seconds", "not measured"),
     ("full:m_probe:command", "python x.py")])  # fmt: skip
 def test_a_mark_gets_the_number_it_asks_for(mark, text):
-    assert analysis.filled(f"a <!--={mark}-->old\n<!--/--> b", RESULTS) == f"a <!--={mark}-->{text}<!--/--> b"
+    assert publish.filled(f"a <!--={mark}-->old\n<!--/--> b", RESULTS) == f"a <!--={mark}-->{text}<!--/--> b"
 
 
 def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
@@ -97,9 +99,10 @@ def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "report.md").write_text("<!--=full:m_probe--><!--/--> <!--=full:finetune--><!--/-->")
     (tmp_path / "README.md").write_text("no mark")
-    text = run(ROOT / "analysis.py", "publish", cwd=tmp_path)
+    runs = [tmp_path / "runs" / name for name in sorted(RESULTS)]
+    text = call("results/publish.py", "--out", tmp_path / "results", "--runs", *runs)
     assert "not measured: full:finetune" in text and "80.00 %" in (tmp_path / "results" / "report.md").read_text()
     assert (tmp_path / "results" / "figures" / "cka.png").read_text() == "cifar10-full" and (tmp_path / "README.md").read_text() == "no mark"
     assert json.loads((tmp_path / "results" / "results.json").read_text()).keys() == RESULTS.keys()
     (tmp_path / "runs" / "cifar10-full" / "results.json").write_text(json.dumps({"dataset": "synthetic", "rows": {}}))
-    assert "not to be published" in run(ROOT / "analysis.py", "publish", cwd=tmp_path, code=1)
+    assert "not to be published" in call("results/publish.py", "--out", tmp_path / "results", "--runs", *runs, code=1)

@@ -116,9 +116,8 @@ def test_every_stage_lowers_its_loss(task, tmp_path):
         "m joint": [*PRETRAIN, "--task", "m", "--contrast", 1, "--name", "m joint"],
         "finetune": ["ssl.py", "finetune", "--dim", 32, "--batch", 64, "--name", "finetune", "--cutmix", 0, *TINY],
     }[task]
-    call(*command, "--epochs", 12, "--lr", 2e-3, "--out", tmp_path)
+    call(*command, "--epochs", 20, "--lr", 2e-3, "--out", tmp_path)
     losses = vit.read_checkpoint(tmp_path / f"{task}.pt")["history"]["loss"]
-    print(task, losses[-1] / losses[0])
     assert losses[-1] < 0.97 * losses[0]
 
 
@@ -240,7 +239,7 @@ def test_a_width_left_to_its_default_and_the_same_width_typed_are_the_same_run(t
 
 def test_a_checkpoint_without_a_stem_can_not_be_given_one(tmp_path):
     call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--out", tmp_path, *TINY, *FAST)
-    assert "has no --stem" in call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
+    assert "has --stem False, not True" in call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
 
 
 def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_path):

@@ -28,6 +28,8 @@ STAGES = [f"{M} 1", f"{M} 1 --pretext masking --name masking", f"{M} 1 --contras
 
 def program(out: str, what: str = "") -> None:
     sys.path.insert(0, str(ROOT))
+    import torch
+
     import vit
 
     log = vit.Run.log
@@ -44,11 +46,13 @@ def program(out: str, what: str = "") -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.main()
+        if vit.PROCESSES > 1:
+            torch.distributed.barrier()  # the next stage reads what process 0 has written
 
 
 def start(processes: int, *words, code: int = 0) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, __file__, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, *launcher, __file__, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -277,7 +277,6 @@ def test_the_loss_falls(kind, tmp_path, pretrained):
     name = f"video_{kind}_1"
     call("video.py", "--checkpoint", pretrained, "--model", kind, "--epochs", 6, "--out", tmp_path, *TINY)
     losses = vit.read_checkpoint(tmp_path / f"{name}.pt")["history"]["loss"]
-    print(kind, losses[-1] / losses[0])
     assert losses[-1] < 0.97 * losses[0]
 
 
