@@ -796,6 +796,7 @@ def fuse(args: argparse.Namespace) -> None:
         name = args.name or "_".join(variant)
         also = {"control": None if control == "none" else control, "clip": clip, "blocks": blocks}
         also |= {"checkpoint": vit.fingerprint(start)}  # other embeddings, or another start: another run
+        also |= {"dim": args.dim, "patch": args.patch, "stem": args.stem}  # what the start has, it has
         about_row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
 
         model = video.load_video(start)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import io
 import json
@@ -257,12 +258,13 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 
 def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
-    """Called like `model`, it averages the gradients of all processes in backward (some_idle: not all get
-    one)."""
+    """Called like `model`, it averages the gradients of all processes in backward.
+
+    some_idle: the model has parameters that a step does not use.
+    """
     if PROCESSES == 1:
         return model
-    # of CLS, which is one for the whole batch: harmless
-    warnings.filterwarnings("ignore", "Grad strides do not match")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # harmless: CLS is expanded, not copied
     gpu = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
 
@@ -275,11 +277,11 @@ def share(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The inverse of `share`: the parts of all processes, joined; each process's gradient reaches its own part.
+    """The inverse of `share`: the parts of all processes, joined; a process's gradient reaches its own part.
 
-    A softmax over some of the scores is no part of the softmax over all, so every process computes the loss of the
-    whole batch, and from it the gradient of its part alone. The whole gradient is the sum of these; `parallel` takes
-    their mean; so each is multiplied by their number.
+    A softmax over some of the scores is no part of the softmax over all, so every process computes the loss
+    of the whole batch, and from it the gradient of its part alone. The whole gradient is the sum of these;
+    `parallel` takes their mean; so each is multiplied by their number.
     """
     if PROCESSES == 1:
         return x
@@ -326,7 +328,9 @@ class Machine:
 
     def autocast(self):
         """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
@@ -344,9 +348,7 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
     end = time.perf_counter() + 0.1
     torch.set_num_threads(1)
     try:
-        matrix = torch.ones(
-            size, size, device=device
-        )  # nothing is drawn: a seed's numbers are the experiment's
+        matrix = torch.ones(size, size, device=device)  # not drawn: a seed's numbers are the experiment's
         for k in range(5):
             for precision in seconds:
                 start = clock()
@@ -373,8 +375,7 @@ def processor_name() -> str:
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write all of `content` or nothing: readers see the old file until the new one is complete and on
-    disk."""
+    """Write all of `content` or nothing: readers see the old file until the new one is complete, on disk."""
     if RANK > 0:
         return
     part = path.with_name(path.name + ".part")
@@ -408,9 +409,7 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
     except FileNotFoundError:
         sys.exit(f"there is no checkpoint {path}; a stage makes one, `python ssl.py pretrain` the first")
     except Exception:  # torch.load raises many kinds of error on a file that isn't its own
-        sys.exit(
-            f"{path} can't be read as a checkpoint; it must be a .pt file that a stage of this project wrote"
-        )
+        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage here wrote")
     if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
         sys.exit(f"{path} is not a checkpoint of this project: it lacks what `Run` saves")
     return state
@@ -481,11 +480,9 @@ class Run:
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
-        self.epoch, self.seconds, self.history = (
-            0,
-            0.0,
-            {},
-        )  # finished epochs, time, metric -> means of epochs
+        self.epoch = 0  # finished ones
+        self.seconds = 0.0
+        self.history = {}  # metric -> its mean in each epoch
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
             f"{name}: {encoder.patches} patches + CLS, {millions:.1f} M parameters, "
@@ -530,7 +527,8 @@ class Run:
 
     def begin_epoch(self) -> None:
         """Nothing of the epoch that comes is done yet."""
-        self.batches, self.metrics, self.started, self.shown = 0, {}, time.perf_counter(), time.perf_counter()
+        self.batches, self.metrics = 0, {}  # metric -> its value in each batch so far
+        self.started = self.shown = self.logged = time.perf_counter()
 
     def set_learning_rate(self) -> None:
         """Linear warm-up, then half a cosine down to zero, over all steps of the run."""
@@ -543,8 +541,9 @@ class Run:
         for key, value in metrics.items():
             self.metrics.setdefault(key, []).append(value.detach().float())
         self.batches += 1
-        if time.perf_counter() - self.shown > 1:  # not at every batch: reading the values makes a GPU wait
-            self.shown = time.perf_counter()
+        self.logged = time.perf_counter()
+        if self.logged - self.shown > 1:  # not at every batch: reading the values makes a GPU wait
+            self.shown = self.logged
             show(self.line(self.means()))
 
     def means(self) -> dict[str, float]:
@@ -560,7 +559,7 @@ class Run:
 
     def line(self, metrics: dict[str, float]) -> str:
         """The progress line: where the run is, how fast, and how long the rest will take."""
-        seconds = time.perf_counter() - self.started
+        seconds = self.logged - self.started
         left = ((self.args.epochs - self.epoch) * self.steps - self.batches) * seconds / self.batches
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
         speed = f"{self.batches * self.args.batch / seconds:.0f} images/s"
@@ -577,14 +576,12 @@ class Run:
         show(self.line(metrics), last=True)
         for key, value in metrics.items():
             self.history.setdefault(key, []).append(value)
-        self.epoch, self.seconds = self.epoch + 1, self.seconds + time.perf_counter() - self.started
+        self.epoch += 1
+        self.seconds += time.perf_counter() - self.started
         state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings")}
         state |= {"device": self.machine.device.type, "precision": self.machine.precision}
-        state |= {
-            "model": self.model.state_dict(),
-            "generator": self.generator.get_state(),
-            "optimizer": None,
-        }
+        state |= {"model": self.model.state_dict(), "optimizer": None}
+        state |= {"generator": self.generator.get_state()}
         encoder = getattr(self.model, "encoder", None)  # a model of another library has none
         state["config"] = encoder.config if encoder else None
         if self.args.keep_epochs:
@@ -596,18 +593,13 @@ class Run:
 
 
 def settings(args: argparse.Namespace, encoder: ViT) -> dict:
-    """What makes a run another one: the options, less those that leave the weights alone; of a file its
-    contents."""
+    """What makes it another run: its options, less those that leave the weights alone, and its files."""
     harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
     found = {key: value for key, value in vars(args).items() if key not in harmless}
     for key in {"init", "checkpoint", "captions"} & found.keys():
         found[key] = fingerprint(found[key] or "")
-    shape = {
-        "dim": "dim",
-        "patch": "patch_size",
-        "stem": "stem",
-    }  # said or left to the default, it is the same run
-    return found | {key: encoder.config[name] for key, name in shape.items()}
+    config = encoder.config  # said or left to the default, it is the same run
+    return found | {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
 
 
 def schedule(step: int, total: int, warmup: int) -> float:

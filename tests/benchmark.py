@@ -13,7 +13,6 @@ its first step, and what `run_all.sh quick` and `run_all.sh test` take. Not a te
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -144,14 +143,17 @@ def usual_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine)
 
 def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> None:
     """The same epoch as ssl.py's `finetune` does it: the data set on the device, augmentation a batch at a time."""
-    spec = importlib.util.spec_from_file_location("stage1", ROOT / "ssl.py")  # `import ssl` is Python's own
-    stage1 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage1)
     images, labels = images.to(machine.device), labels.to(machine.device)
-    model, generator = machine.parallel(vit.Classifier(vit.ViT()).to(machine.device)), torch.Generator(machine.device).manual_seed(0)
+    model, generator = vit.Classifier(vit.ViT()).to(machine.device), torch.Generator(machine.device).manual_seed(0)
+    parallel = vit.parallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
     for index in data.shuffled_batches(len(images), 128, generator):
-        stage1.finetune_step(model, images[index], labels[index], argparse.Namespace(cutmix=0.0, smoothing=0.1), machine, generator)["loss"].backward()
+        x, y = data.crop_flip(images[index], generator), labels[index]
+        x, other, kept = data.cutmix(x, y, generator, 0.0)
+        x, y, other = vit.share(x), vit.share(y), vit.share(other)
+        with machine.autocast():
+            logits = parallel(x)
+        data.cutmix_loss(logits, y, other, kept, 0.1).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -196,13 +198,13 @@ def epoch_table(device: str, number: int) -> None:
 
 # command -> the beginning of the line that it prints at the end of its first step (or, where there is no step, of its work)
 FIRST_STEPS = {
-    "ssl.py pretrain --task m --epochs 1": "m epoch 1/1",
-    "ssl.py finetune --epochs 1": "finetune_scratch epoch 1/1",
-    "video.py --checkpoint OUT/m.pt --frames 6 --clips 20 --blocks 2 --epochs 1": "video_encoder_2 epoch 1/1",
-    "multimodal.py tiny --checkpoint OUT/m.pt --epochs 1": "tiny_blip_0 epoch 1/1",
-    "multimodal.py caption --captioner tiny": "[",
-    "multimodal.py embed --captions OUT/captions_tiny.jsonl": "[",
-    "multimodal.py fuse --captions OUT/captions_tiny.jsonl --epochs 1": "fusion_tiny epoch 1/1",
+    "ssl.py pretrain --task m --epochs 1": "m 1/1",
+    "ssl.py finetune --epochs 1": "finetune_scratch 1/1",
+    "video.py --checkpoint OUT/m.pt --frames 6 --clips 20 --blocks 2 --epochs 1": "video_encoder_2 1/1",
+    "multimodal.py tiny --checkpoint OUT/m.pt --epochs 1": "tiny_blip_0 1/1",
+    "multimodal.py caption --captioner tiny": "256 of 256 train captions",
+    "multimodal.py embed --captions OUT/captions_tiny.jsonl": "wrote",
+    "multimodal.py fuse --captions OUT/captions_tiny.jsonl --epochs 1": "fusion_tiny 1/1",
 }
 
 
