@@ -38,8 +38,7 @@ import vit
 
 
 def token_similarity(tokens: torch.Tensor) -> torch.Tensor:
-    """Cosine of every token with every other: [B, T, D] -> [B, T, T]. Row 0 without its first entry is
-    CLS' map."""
+    """Cosine of every token with every other: [B, T, D] -> [B, T, T]; row 0 holds CLS' map."""
     unit = torch.nn.functional.normalize(tokens, dim=-1)
     return unit @ unit.transpose(1, 2)
 
@@ -67,8 +66,7 @@ def focus(maps: torch.Tensor) -> dict[str, float]:
 
 
 def maps(args: argparse.Namespace) -> None:
-    """Measure CLS-patch similarity over a whole split before and after fine-tuning; keep some images for
-    the figure."""
+    """Measure CLS-patch similarity over a split, before and after fine-tuning; keep some for the figure."""
     stored = vit.arrays_path(args, "maps")
     if stored.exists() and vit.measured(args, "maps_after", args.before, args.after):
         return
@@ -294,8 +292,7 @@ class Page:
         ticks: dict[int, str] | None = None,
         below: str = "epoch",
     ) -> None:
-        """Curves over 1, 2, 3, ... with axes and a legend in box (x, y, width, height). `ticks`: place ->
-        its label."""
+        """Curves over 1, 2, 3, ..., with axes and legend; box: x, y, width, height; ticks: place -> label."""
         x0, y0, w, h = box
         values = [v for line in lines.values() for v in line]
         low, high = min(values), max(values)
@@ -324,8 +321,7 @@ class Page:
     def heat_map(
         self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0
     ) -> None:
-        """A square matrix in colour, row labels left, column labels below; the entries written into the
-        cells."""
+        """A square matrix in colour, row labels left, column labels below, entries in the cells."""
         for i, row in enumerate(matrix):
             for j, v in enumerate(row):
                 at = [x + j * cell, y + i * cell, x + (j + 1) * cell - 1, y + (i + 1) * cell - 1]
@@ -664,8 +660,7 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
 
 
 def captioner_of(args: argparse.Namespace) -> str:
-    """Whose captions the pictures show: BLIP's where a run of this split used them, else the small
-    captioner's ("tiny")."""
+    """Whose captions the pictures show: "blip" where this run used them, else the small captioner, "tiny"."""
     return "blip" if "fusion_blip" in rows_of(args) else "tiny"
 
 
@@ -822,8 +817,7 @@ def nearest_neighbours(
 
 
 def movie(args: argparse.Namespace) -> None:
-    """Draw similarity maps and nearest neighbours' answers epoch by epoch into figures/learning.gif (needs
-    --keep-epochs)."""
+    """Draw maps and nearest neighbours, epoch by epoch, into figures/learning.gif (needs --keep-epochs)."""
     out, target = pathlib.Path(args.out), pathlib.Path(args.out) / "figures" / "learning.gif"
     scenes = [("before any training", None)]
     for name, what in FILM.items():
@@ -988,8 +982,7 @@ TABLE = {
 
 
 def formatted(name: str, value: float, deviation: float | None = None) -> str:
-    """A row's number as tables have it: accuracies in percent, CKA and entropies as they are; where given,
-    with its ±."""
+    """A row's number as tables have it: accuracies in percent, CKA and entropies plain; with ± if given."""
     scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
     spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{unit}"

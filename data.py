@@ -317,8 +317,7 @@ def resized_crop_flip(
 
 @functools.cache
 def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix from RGB to YIQ (brightness and two colour axes) and its inverse, moved to the device
-    only once."""
+    """The matrix from RGB to YIQ (brightness, two colour axes) and its inverse, moved to a device once."""
     matrix = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     return matrix.to(device), torch.linalg.inv(matrix).to(device)
 
@@ -380,8 +379,7 @@ def cutmix(
 def cutmix_loss(
     logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """Cross-entropy [] of logits [B, K] with both labels [B] of a mixed image, each by its share of the
-    pixels."""
+    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, each by its share of pixels."""
     first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
     return share * first + (1 - share) * second
 
@@ -389,8 +387,7 @@ def cutmix_loss(
 def cutmix_accuracy(
     logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor
 ) -> torch.Tensor:
-    """Share [] of logits [B, K] that name a label of a mixed image, each label counting by its share of
-    the pixels."""
+    """Share [] of logits [B, K] that name a label of their mixed image, each counting by its pixels."""
     guess = logits.argmax(dim=1)  # [B]
     return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
@@ -428,8 +425,7 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: int64 [B], 0 to
-    3."""
+    """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: [B], 0 to 3."""
     turned = torch.stack([torch.rot90(x, k, dims=(-2, -1)) for k in range(4)])  # [4, B, ..., S, S]
     return turned[angle, torch.arange(len(x), device=x.device)]  # [B, ..., S, S]
 
@@ -478,8 +474,7 @@ def patch_augment(
 
 
 def shuffled_batches(number: int, batch: int, generator: torch.Generator):
-    """Yield index tensors [batch] that cover a random order of range(number); a rest smaller than a batch
-    is dropped."""
+    """Yield index tensors [batch] that cover range(number) in random order; a smaller rest is dropped."""
     order = torch.randperm(number, device=generator.device, generator=generator)
     yield from order[: number - number % batch].split(batch)
 

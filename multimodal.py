@@ -199,8 +199,7 @@ def load_blip(name: str, revision: str | None, device: torch.device):
 
 
 def quiet() -> None:
-    """Silence the libraries' own remarks and bars (except for downloads): what matters becomes one
-    sentence."""
+    """Silence the libraries' remarks and bars (except for downloads): what matters becomes one sentence."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -279,8 +278,7 @@ SYNONYMS = {
 
 
 def named_class(caption: str, classes: list[str]) -> int:
-    """The label of the first word that names a class, itself or a synonym, in singular or plural; -1 if
-    none."""
+    """The label of the first word that names a class, by itself or a synonym, or in plural; -1 if none."""
     label = {}
     for k, name in enumerate(classes):
         for word in (name, *SYNONYMS.get(name, "").split()):
@@ -292,8 +290,7 @@ def named_class(caption: str, classes: list[str]) -> int:
 
 
 def small_blips(out: pathlib.Path) -> list[str]:
-    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run of `tiny`, and
-    finished."""
+    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run, and finished."""
     first = out / "tiny_blip_0.pt"
     settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
     folders = [out / f"tiny_blip_{fold}" for fold in range(settings["folds"])]
@@ -305,8 +302,7 @@ def small_blips(out: pathlib.Path) -> list[str]:
 
 
 def begin_captions(path: pathlib.Path, header: dict, fresh: bool) -> dict[tuple[str, int], str]:
-    """The captions that the file already has; it is made where there is none. SystemExit if it is another
-    run's."""
+    """The captions that the file has; it is made if there is none. SystemExit if it is another run's."""
     if fresh or not path.exists():
         vit.write_file(path, (json.dumps(header) + "\n").encode())
     before, done, whole = read_captions(path)
@@ -581,8 +577,7 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
 
 @torch.no_grad()
 def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
-    """Our encoder's weights into BLIP's image tower, whose images may be larger: positions are
-    interpolated."""
+    """Copy our encoder into BLIP's image tower, whose images may be larger: positions are interpolated."""
     pairs = [
         (encoder.patch_embedding, tower.embeddings.patch_embedding),
         (encoder.norm, tower.post_layernorm),
@@ -699,8 +694,7 @@ def train_small_clip(
 
 
 def tiny(args: argparse.Namespace) -> None:
-    """Train a small BLIP for each fold, and a small CLIP; write them as folders that load_blip and
-    load_clip read."""
+    """Train a small BLIP for each fold, and a small CLIP; write folders for load_blip and load_clip."""
     quiet()
     if args.folds < 2:
         sys.exit(
@@ -828,8 +822,7 @@ def train_fusion(
     also: dict,
     machine: vit.Machine,
 ) -> vit.Run:
-    """Train one row of `fuse`; splits: images and labels by split, texts: a Text by split; writes
-    out/NAME.pt."""
+    """Train one row of `fuse`; splits: images and labels by split, texts: a Text by split."""
     (images, labels), (validation, truth) = splits["train"], splits["validation"]
     text, validation_text = texts["train"], texts["validation"]
     if control == "image_only":
@@ -859,8 +852,7 @@ def train_fusion(
 
 
 def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S]; `text`: a Text, or
-    no_text."""
+    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S]; text: Text or no_text."""
     model.eval()
     logits = []
     for index in torch.arange(len(images), device=images.device).split(machine.eval_batch):

@@ -44,11 +44,8 @@ else:
     import data
     import vit
 
-REPORTED = {
-    "infonce_probe": 0.4008,
-    "m_probe": 0.3851,
-    "finetune": 0.4029,
-}  # the coursework report's accuracies
+# the coursework report's test accuracies
+REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029}
 
 # ---------------------------------------------------------------------------------------------------------
 # InfoNCE
@@ -111,8 +108,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
 # painted is the cropped and mirrored image as it was before patches were blacked out and turned.
 # ---------------------------------------------------------------------------------------------------------
 
-# --pretext: share of patches that are masked, share that are turned; without turned patches the image may be
-# (Gidaris)
+# --pretext: share of the patches that are masked, and that are turned; "image-rotation" turns the whole image
 TASKS = {"both": (1 / 4, 1 / 4), "masking": (1 / 4, 0), "rotation": (0, 1 / 4), "image-rotation": (0, 0)}
 
 
@@ -124,8 +120,7 @@ def paint_loss(painted: torch.Tensor, images: torch.Tensor, masked: torch.Tensor
 
 
 def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
-    """Train Model M on its task, or half of it, with InfoNCE beside it where asked for; writes
-    out/NAME.pt."""
+    """Train Model M on its task, or half of it, and InfoNCE beside it where asked for; writes out/NAME.pt."""
     patch = encoder.config["patch_size"]
     masked_number, turned_number = (round(part * encoder.patches) for part in TASKS[args.pretext])
     names_angle, paints = args.pretext != "masking", masked_number > 0
@@ -192,8 +187,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 
 def finetune(args: argparse.Namespace) -> None:
-    """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or (without one) from
-    scratch."""
+    """Train encoder and a 10-class layer on CLS with labels, from a checkpoint or from scratch."""
     name = args.name or ("finetune" if args.checkpoint else "finetune_scratch")
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = labelled(args.data, args.labels, args.limit, machine.device)
@@ -289,8 +283,7 @@ def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
-        """The loss, with its gradient: L-BFGS asks for it several times a step, wherever its line search
-        looks."""
+        """The loss, and its gradient: L-BFGS asks for them wherever its line search looks."""
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
         loss.backward()

@@ -200,8 +200,7 @@ def clip_steps(
 def random_repeats(
     clips: int, frames: int, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Which image each frame shows, [clips, frames], when a clip has a random number of different images,
-    1 to `frames`."""
+    """Which image each frame shows, [clips, frames], in clips of 1 to `frames` different images."""
     different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
     shown = torch.arange(frames, device=device) % different  # [clips, frames]
     order = torch.rand(clips, frames, device=device, generator=generator).argsort(dim=1)
@@ -237,8 +236,7 @@ def clip_loss(
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on pseudo-videos, from the image encoder to the head; judge on static videos; writes
-    out/NAME.pt."""
+    """Train on pseudo-videos, from the image encoder to the head; judge on static videos."""
     name = args.name or f"video_{args.model}_{args.blocks}"
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)

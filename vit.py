@@ -147,8 +147,7 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is
-        CLS."""
+        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first."""
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
         cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
@@ -416,8 +415,7 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
 
 
 def load_encoder(path: str | pathlib.Path) -> ViT:
-    """The encoder stored in a checkpoint of any stage (its weights are named encoder.* or
-    video.encoder.*)."""
+    """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*)."""
     state = read_checkpoint(path)
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
