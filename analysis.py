@@ -72,16 +72,16 @@ def maps(args: argparse.Namespace) -> None:
         return
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    shown = torch.stack(
-        [(labels == k).nonzero()[0, 0] for k in labels.unique()]
-    )  # the first image of each class
+    # the first image of each class
+    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])
     arrays, measured = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder = vit.load_encoder(path).to(machine.device).eval()
         with torch.no_grad():
+            # [n, T, T]
             similarity = torch.cat(
                 [token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(machine.eval_batch)]
-            )  # [n, T, T]
+            )
         arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
     for when, row in measured.items():
@@ -126,19 +126,20 @@ class StreamingCKA:
         z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
         if self.n == 0:
             self.widths = [r.shape[1] for r in representations]
-            self.origin = z.mean(
-                dim=0
-            )  # CKA ignores a common shift, and sums of small numbers lose fewer digits
+            self.origin = z.mean(dim=0)  # CKA ignores a common shift; sums of small numbers lose fewer digits
+            self.largest = torch.zeros(len(representations), dtype=torch.float64)
             self.sums = [0.0] * 4
+        largest = torch.stack([part.abs().max() for part in z.split(self.widths, dim=1)])  # [L]
+        self.largest = torch.maximum(self.largest, largest)
         z = z - self.origin
-        a = torch.stack(
-            [part.square().sum(dim=1) for part in z.split(self.widths, dim=1)], dim=1
-        )  # [b, L] self-similarities
+        own = [part.square().sum(dim=1) for part in z.split(self.widths, dim=1)]
+        a = torch.stack(own, dim=1)  # [b, L], each image's similarity with itself
         self.n += len(z)
         self.sums = [old + new for old, new in zip(self.sums, (z.sum(dim=0), z.T @ z, a.T @ z, a.T @ a))]
 
     def result(self, debiased: bool = False) -> torch.Tensor:
-        """CKA of every pair: [L, L]; nan for a representation that is the same for all images.
+        """CKA of every pair: [L, L]; nan in the row and column of a representation that is the same for all
+        images, or holds a nan.
 
         Raises ValueError with fewer than four images, for which the debiased estimate is not defined.
         """
@@ -154,14 +155,15 @@ class StreamingCKA:
             s, az = s.split(self.widths), [row.split(self.widths) for row in az]
             # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
             total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L] 1^T K~ 1
+            # 1^T K~ L~ 1
             rows = _pairs(
                 L, lambda i, j: s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
-            )  # 1^T K~ L~ 1
-            hsic = (
-                hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
-            )  # hsic - aa: tr(K~ L~)
+            )
+            # hsic - aa: tr(K~ L~)
+            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
         scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
-        scale = torch.where(scale > 1e-12 * scale.max(), scale, torch.nan)
+        varies = scale > 1e-20 * n * self.largest.square()  # each against its own size: CKA ignores scale
+        scale = torch.where(varies, scale, torch.nan)
         return hsic / torch.outer(scale, scale)
 
 
@@ -193,10 +195,11 @@ def cka(args: argparse.Namespace) -> None:
                 encoder(x.float() / 255, trace)
             stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
             streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
+        # [L, L]
         arrays[f"{when}_biased"], arrays[f"{when}_debiased"] = (
             streaming.result(),
             streaming.result(debiased=True),
-        )  # [L, L]
+        )
     vit.write_arrays(stored, **arrays)
     for when, reported in (("before", 0.8698), ("after", 0.7353)):
         biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
@@ -204,9 +207,8 @@ def cka(args: argparse.Namespace) -> None:
             name: debiased.diagonal(places)[::2].tolist()
             for name, places in (("attentions", 1), ("blocks", 2))
         }
-        steps = {
-            name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()
-        }  # JSON has no nan
+        # JSON has no nan
+        steps = {name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()}
         vit.record(
             args,
             f"cka_{when}",
@@ -611,6 +613,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_video(args: argparse.Namespace, footer: str) -> Page:
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
+    # as many as there are colours
     shown = (
         "encoder_1",
         "encoder_2",
@@ -619,7 +622,7 @@ def draw_video(args: argparse.Namespace, footer: str) -> Page:
         "report_1",
         "report_2",
         "repeats",
-    )  # as many as there are colours
+    )
     rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
     if not rows:
         raise FileNotFoundError("no row of video.py")
@@ -812,7 +815,8 @@ def nearest_neighbours(
     weights).
     """
     unit = torch.nn.functional.normalize
-    nearest = (unit(queries, dim=1) @ unit(keys, dim=1).T).topk(k, dim=1).indices  # [n, k]
+    cosines = unit(queries, dim=1) @ unit(keys, dim=1).T  # [n, m]
+    nearest = cosines.topk(min(k, len(keys)), dim=1).indices  # [n, k]
     return torch.nn.functional.one_hot(labels[nearest]).sum(dim=1).argmax(dim=1)  # [n, k, K] -> [n, K] -> [n]
 
 
@@ -840,9 +844,8 @@ def movie(args: argparse.Namespace) -> None:
         data.load(args.data, split, machine.device, min(args.limit or 5_000, 5_000))
         for split in ("train", "validation")
     )
-    shown = torch.stack(
-        [(validation[1] == k).nonzero()[1, 0] for k in validation[1].unique()]
-    )  # the second image of each class
+    # the second image of each class, or the only one
+    shown = torch.stack([(validation[1] == k).nonzero()[:2][-1, 0] for k in validation[1].unique()])
     maps, answers, right = [], [], []
     for what, path in scenes:
         encoder = (

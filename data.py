@@ -76,9 +76,8 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         with tarfile.open(archive, "r:gz") as tar:
-            for (
-                name
-            ) in FILES:  # only the six names we know, written under names we choose: no path in it is trusted
+            # only the six names we know, written under names we choose: no path in it is trusted
+            for name in FILES:
                 with tar.extractfile(f"{FOLDER}/{name}") as source, open(part / name, "wb") as target:
                     shutil.copyfileobj(source, target)
         (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
@@ -94,11 +93,10 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
 
 
 def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
-    """Append what is missing of `url` to `path`; a connection that breaks is tried again a few times, from
-    where it broke.
+    """Append what is missing of `url` to `path`; a broken connection is tried again, from where it broke.
 
-    Where nothing arrives at all the first try is the last: without a network the answer shall come in
-    seconds.
+    Where nothing arrives at all the first try is the last: without a network the answer comes in seconds.
+    Raises SystemExit with one sentence where it fails for good.
     """
     reason, at_start = "", path.stat().st_size if path.exists() else 0
     for attempt in range(tries + 1):
@@ -106,37 +104,59 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
         if have >= size:
             return
         if attempt == tries or (attempt and have == at_start):
+            advice = "go online and type the same command"
+            if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
+                advice = "run the `Install Certificates` that came with your Python, or check the clock"
             sys.exit(
-                f"can't download {url}: {reason}; go online and type the same command, or unpack the archive "
-                f"yourself into {path.parent}, or say --data synthetic for drawn shapes"
+                f"can't download {url}: {reason}; {advice}, or unpack the archive yourself into "
+                f"{path.parent}, or say --data synthetic for drawn shapes"
             )
         time.sleep(attempt)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
-                if have and response.status != 206:  # this server can't start in the middle
-                    file.truncate(0)
-                start, begun = time.perf_counter(), file.tell()
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    done, seconds = file.tell(), time.perf_counter() - start
-                    left = (size - done) * seconds / max(1, done - begun)
-                    bar = "#" * (30 * done // size)
-                    print(
-                        f"\r[{bar:<30}] {done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left ",
-                        end="",
-                        flush=True,
-                    )
-            print()
+            with urllib.request.urlopen(request, timeout=10) as response:
+                _append(response, path, have, size)
             reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except _DiskError as error:
+            raise error.__cause__
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # no network, time-outs, broken TLS: all OSErrors
             reason = getattr(error, "reason", error)
 
 
+class _DiskError(Exception):
+    """An OSError of the file, not of the network."""
+
+
+def _append(response, path: pathlib.Path, have: int, size: int) -> None:
+    """Write what the server sends to the end of `path`, which has `have` bytes, and show how far it is."""
+    mode = "ab" if response.status == 206 else "wb"  # 206: the server starts in the middle, as asked
+    done, start, first = (have if mode == "ab" else 0), time.perf_counter(), have
+    while chunk := response.read(1 << 20):
+        try:
+            with open(path, mode) as file:
+                file.write(chunk)
+        except OSError as error:
+            raise _DiskError from error
+        mode, done = "ab", done + len(chunk)
+        left = (size - done) * (time.perf_counter() - start) / max(1, done - first)
+        line = f"{done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left"
+        print(f"\r{line:<40}", end="\n" if done == size else "", flush=True)
+
+
 def find(data: str) -> pathlib.Path:
-    """The folder of .bin files for --data, which may name it or its parent."""
+    """The folder of .bin files for --data, which may name it, whatever it is called, or its parent."""
     path = pathlib.Path(data)
-    return path if path.name == FOLDER else path / FOLDER
+    if path.name == FOLDER or any((path / name).exists() for name in FILES):
+        return path
+    if not (path / FOLDER).exists() and (path / "cifar-10-batches-py").exists():
+        sys.exit(
+            f"{path} holds CIFAR-10 as Python pickles, which can run code and are not read here; "
+            f"`python data.py --data data` fetches the binary version"
+        )
+    return path / FOLDER
 
 
 def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,8 +224,14 @@ def describe(data: str) -> dict[str, str]:
     if data == "synthetic":
         return {"dataset": "synthetic", "provenance": "SYNTHETIC shapes drawn by data.py, not CIFAR-10"}
     note = find(data) / "provenance.txt"  # written by `fetch`; put there by hand for files of another origin
-    origin = note.read_text().strip() if note.exists() else "CIFAR-10 files found on disk, origin not known"
-    return {"dataset": "cifar10", "provenance": origin}
+    if not note.exists():
+        return {"dataset": "cifar10", "provenance": "CIFAR-10 files found on disk, origin not known"}
+    raw = note.read_bytes()
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")  # as Windows' shells write, like UTF-16
+    return {"dataset": "cifar10", "provenance": " ".join(text.split())}
 
 
 def class_names(data: str) -> list[str]:
@@ -302,10 +328,11 @@ def resized_crop_flip(
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    # as shares of the image, [B]
     w, h = (
         (area * ratio).sqrt().clamp(max=1),
         (area / ratio).sqrt().clamp(max=1),
-    )  # as shares of the image, [B]
+    )
     x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
     y = uniform(images, -1, 1, generator) * (1 - h)
     w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
@@ -340,9 +367,8 @@ def colour_jitter(
     saturation = torch.where(grey, 0.0, saturation)
     hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
     zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
-    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(
-        -1, 3, 3
-    )  # [B, 3, 3] in YIQ
+    # [B, 3, 3] in YIQ
+    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
     to_yiq, from_yiq = yiq(images.device)
     matrix = from_yiq @ (rotation * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
     images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
@@ -400,21 +426,25 @@ def cutmix_accuracy(
 def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
     """[B, C, S, S] -> [B, N, C, P, P], patches row by row. The exact inverse of `unpatchify`.
 
-    Raises ValueError when the image is not a whole number of patches.
+    Raises ValueError when the images are not square or not a whole number of patches.
     """
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] % patch:
+        raise ValueError(f"images {list(images.shape)} are not [B, C, S, S] with S a multiple of {patch}")
     B, C, S, _ = images.shape
-    if S % patch:
-        raise ValueError(f"image size {S} is not a whole number of {patch}-pixel patches")
     x = images.reshape(B, C, S // patch, patch, S // patch, patch)  # [B, C, row, P, column, P]
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(
-        B, -1, C, patch, patch
-    )  # [B, row, column, C, P, P] -> [B, N, C, P, P]
+    # [B, row, column, C, P, P] -> [B, N, C, P, P]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, patch, patch)
 
 
 def unpatchify(patches: torch.Tensor) -> torch.Tensor:
-    """[B, N, C, P, P] -> [B, C, S, S]. The exact inverse of `patchify`."""
+    """[B, N, C, P, P] -> [B, C, S, S]. The exact inverse of `patchify`.
+
+    Raises ValueError when N patches don't make a square.
+    """
     B, N, C, P, _ = patches.shape
     side = math.isqrt(N)
+    if side * side != N:
+        raise ValueError(f"{N} patches don't make a square image")
     x = patches.reshape(B, side, side, C, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, C, row, P, column, P]
     return x.reshape(B, C, side * P, side * P)
 
@@ -453,9 +483,8 @@ def patch_augment(
         raise ValueError(f"a gap of {gap} pixels leaves nothing of a {patch}-pixel patch")
     if masked + rotated > N:
         raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
-    order = torch.rand(B, N, device=x.device, generator=generator).argsort(
-        dim=1
-    )  # a random permutation per image
+    # a random permutation per image
+    order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)
     mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
     b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
@@ -486,22 +515,25 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         DataLoader(dataset, batch_sampler=sampler)      # or, with everything on the device:
         for index in sampler: frames = images[index]
 
-    labels: [n]. Each epoch shuffles within each class and then the order of the batches, by (seed, epoch);
-    call `set_epoch` before each. No index comes twice in an epoch; what is left of a class when fewer than
-    `batch` of its images remain is dropped (drop_last), another rest each epoch. Raises ValueError when a
-    class has fewer than `batch` images.
+    labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each class
+    and then the order of the batches, by (seed, epoch); call `set_epoch` before each. No index comes twice in
+    an epoch; what is left of a class when fewer than `batch` of its images remain is dropped, another rest
+    each epoch. Raises ValueError when a class has fewer than `batch` images.
     """
 
-    def __init__(self, labels: torch.Tensor, batch: int = 16, seed: int = 0):
+    drop_last = True  # this and batch_size: as Accelerate and others read them
+
+    def __init__(self, labels: torch.Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
+        labels = torch.as_tensor(labels)
         self.members = [
             (labels == k).nonzero()[:, 0].cpu() for k in labels.unique()
-        ]  # per class, its indices
-        if min(map(len, self.members)) < batch:
+        ]  # of each class, its indices
+        smallest = min(len(members) for members in self.members)
+        if smallest < batch:
             raise ValueError(
-                f"a class has only {min(map(len, self.members))} images, "
-                f"fewer than one same-class batch of {batch}"
+                f"a class has only {smallest} images, fewer than one same-class batch of {batch}"
             )
-        self.batch, self.seed, self.epoch = batch, seed, 0
+        self.batch, self.batch_size, self.seed, self.epoch = batch, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of this epoch, as torch's DistributedSampler does."""
@@ -521,7 +553,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it, or draw the stand-in")
     parser.add_argument(
         "--data", default="data", help="folder that holds, or will hold, cifar-10-batches-bin (default: data)"
     )

@@ -230,8 +230,7 @@ def write_captions(model, processor, images: torch.Tensor, beams: int, longest: 
 
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
-    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole
-    lines.
+    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole lines.
 
     A last line torn by a kill or a full disk doesn't count. SystemExit with one sentence for any other file.
     """
@@ -239,9 +238,18 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int],
         raw = pathlib.Path(path).read_bytes()
     except OSError:
         sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
-    whole = raw[: raw.rfind(b"\n") + 1]
+    objects, whole = [], 0
     try:
-        header, *lines = [json.loads(line) for line in whole.splitlines()]
+        for line in raw.splitlines(keepends=True):
+            if line.strip():
+                try:
+                    objects.append(json.loads(line))
+                except ValueError:
+                    if line.endswith(b"\n"):
+                        raise
+                    break  # torn
+            whole += len(line)
+        header, *lines = objects
         for key in ("captioner", "model", "dataset"):
             header[key]
         captions = {(line["split"], line["index"]): line["caption"] for line in lines}
@@ -250,7 +258,7 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int],
             f"{path} is not a caption file: its lines must be JSON, first captioner, model and dataset, "
             "then split, index and caption each"
         )
-    return header, captions, len(whole)
+    return header, captions, whole
 
 
 def captions_of(captions: dict[tuple[str, int], str], split: str, number: int) -> list[str]:
@@ -312,7 +320,11 @@ def begin_captions(path: pathlib.Path, header: dict, fresh: bool) -> dict[tuple[
                 f"{path} was made with another {key.replace('_', '-')}: {before.get(key)}, not {value}; "
                 "add --fresh to start over, or choose another --name"
             )
-    os.truncate(path, whole)  # drops a torn last line
+    with open(path, "rb+") as file:
+        file.truncate(whole)  # drops a torn last line
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":  # an editor may have left it out
+            file.write(b"\n")
     return done
 
 
@@ -350,9 +362,8 @@ def caption(args: argparse.Namespace) -> None:
     path = out / f"{args.name or 'captions_' + args.captioner + ('_seen' if args.seen else '')}.jsonl"
     loaded = {}  # model -> (model, processor), when it is needed
     if args.fresh or not path.exists():
-        loaded[models[0]] = load_blip(
-            models[0], args.revision, machine.device
-        )  # before an earlier file is given up
+        # before an earlier file is given up
+        loaded[models[0]] = load_blip(models[0], args.revision, machine.device)
     done = begin_captions(path, header, args.fresh)
 
     row = {}
@@ -416,15 +427,13 @@ def load_clip(name: str, weights: str | None):
 def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
     """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the
     end-of-text token's, is what CLIP itself uses for the whole caption: its encode_text."""
-    tokens = tokenizer(
-        captions
-    )  # [u, context length], padded with zeros behind the end-of-text token, the largest number
+    # [u, context length], padded with zeros behind the end-of-text token, the largest number
+    tokens = tokenizer(captions)
     length = tokens.argmax(dim=1) + 1
     tokens = tokens.to(next(model.parameters()).device)
     found = []
-    handle = model.ln_final.register_forward_hook(
-        lambda _, __, states: found.append(states)
-    )  # [u, context length, width]
+    # [u, context length, width]
+    handle = model.ln_final.register_forward_hook(lambda _, __, states: found.append(states))
     model.encode_text(tokens)
     handle.remove()
     states = F.normalize(found[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
@@ -458,21 +467,26 @@ def embed(args: argparse.Namespace) -> None:
     for i in range(0, len(new), 256):
         states += embed_words(model, tokenizer, new[i : i + 256])
         progress.advance(len(new[i : i + 256]))
-    arrays = {"used": used, "captions": [*known, *new], "words": words + spelled(new)}
+    arrays = {
+        "used": used,
+        "captions": [*known, *new],
+        "words": words + spelled(new, tokenizer.context_length),
+    }
     arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
     vit.write_arrays(path, **arrays)
     print(f"wrote {path}")
 
 
-def spelled(captions: list[str]) -> list[str]:
-    """Captions as CLIP's text tower reads them: their tokens, joined by spaces."""
+def spelled(captions: list[str], longest: int) -> list[str]:
+    """Captions as CLIP's text tower reads them: their tokens, `longest` at most, joined by spaces."""
     from open_clip import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
-    tokens = [
-        [tokenizer.decoder[i].removesuffix("</w>") for i in tokenizer.encode(caption)] for caption in captions
-    ]
-    return [" ".join(["<start>", *t, "<end>"]) for t in tokens]
+    found = []
+    for caption in captions:
+        tokens = tokenizer.encode(caption)[: longest - 2]
+        found.append(" ".join(["<start>", *(tokenizer.decode([t]).strip() for t in tokens), "<end>"]))
+    return found
 
 
 def embeddings_path(out: str, captions: str) -> pathlib.Path:
@@ -624,15 +638,15 @@ def train_small_blip(
             index = others[i]  # [B]
             x = data.crop_flip(images[index], run.generator)  # [B, 3, S, S]
             x, words = vit.share(x), vit.share(ids[index])  # words: [B, L + 2]
-            pixels = pixel_values(
-                processor, (255 * x).round().byte()
-            )  # the processor takes pixels of 0 to 255
+            # the processor takes pixels of 0 to 255
+            pixels = pixel_values(processor, (255 * x).round().byte())
             with machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
+            # [B, L + 1, V], [B, L + 1]: every word from those before
             guess, target = (
                 logits[:, :-1],
                 words[:, 1:],
-            )  # [B, L + 1, V], [B, L + 1]: every word from those before
+            )
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -765,9 +779,8 @@ def fuse(args: argparse.Namespace) -> None:
     blocks = len(video.load_video(start).blocks)
     machine = vit.Machine(args.device, args.precision, args.seed)
     if args.text == "pooled":
-        states = [
-            s[-1:] for s in states
-        ]  # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
+        # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
+        states = [s[-1:] for s in states]
     length = torch.tensor([len(s) for s in states])
     padded = nn.utils.rnn.pad_sequence(states, batch_first=True).to(machine.device)  # [U, L, E]
     is_word = (torch.arange(padded.shape[1]) < length[:, None]).to(machine.device)  # [U, L]

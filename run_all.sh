@@ -40,23 +40,27 @@ cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- set-up: an environment that has the requirements
 satisfied() { "$1" -m pip install -q --no-index --dry-run -r requirements.txt >/dev/null 2>&1; }  # needs no network
+install() {
+  echo "== set-up: installing requirements.txt into $2 (once; several GB)"
+  "$1" -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"
+}
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-if { [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python3 -c 'import google.colab' 2>/dev/null; } && satisfied python
-then
-  :  # an active environment, or Colab, that has everything
+system=${PYTHON:-python3}
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && new_enough python && satisfied python; then
+  :  # an active environment that has everything
+elif "$system" -c 'import google.colab' 2>/dev/null || [ -n "${KAGGLE_KERNEL_RUN_TYPE:-}" ]; then
+  satisfied "$system" || install "$system" "this notebook's environment"  # there no .venv can be made
 else
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-    || fail "Python 3.10 or newer is needed, as python3; this one is $(python3 --version 2>&1)"
-  if ! satisfied .venv/bin/python; then
+  if ! { new_enough .venv/bin/python && satisfied .venv/bin/python; }; then
+    new_enough "$system" || fail "Python 3.10 or newer is needed; $system is $("$system" --version 2>&1);" \
+      "PYTHON=python3.12 bash run_all.sh ... names another one"
     # a .venv without pip is half made: Debian's Python leaves one where python3-venv is missing
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
       echo "== set-up: making .venv"
-      python3 -m venv .venv \
-        || fail "python3 -m venv does not work here; install Python 3.10 or newer (Debian: apt install python3-venv)"
+      "$system" -m venv .venv || fail "$system -m venv does not work here; install it (Debian: apt install python3-venv)"
     fi
-    echo "== set-up: installing requirements.txt into .venv (once; several GB)"
-    .venv/bin/python -m pip install -q -r requirements.txt \
-      || fail "installing requirements.txt failed; the lines above say why"
+    install .venv/bin/python .venv
   fi
   export PATH="$PWD/.venv/bin:$PATH"
 fi
@@ -65,8 +69,9 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 SECONDS=0  # what follows is the experiment
 
 # ---------------------------------------------------------------- the profile, the data
+gpu() { python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1; }  # one that works here
 if [ -z "$profile" ]; then
-  python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && profile=full || profile=laptop
+  gpu && profile=full || profile=laptop
 fi
 epochs_infonce=1 epochs_m=1 epochs_m_continued=1 epochs_m_joint=1 epochs_finetune=1  # quick
 epochs_video=1 epochs_captioner=1 epochs_fusion=1 cutmix=0
@@ -108,8 +113,11 @@ out=runs/$dataset-$profile
 [ "$seed" = 0 ] || out+=-seed$seed
 mkdir -p "$out"
 exec 9>"$out/.run_all.lock"  # held until this script and all it started have ended, however they end
-python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null \
-  || fail "another run_all.sh is working in $out; wait for it or stop it"
+python -c 'import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(1)
+except OSError as error: print(f"no locks on this disk ({error.strerror}): do not start two runs in one folder")
+' || fail "another run_all.sh is working in $out; wait for it or stop it"
 [ -z "$fresh" ] || rm -rf "$out"/*
 [ -e "$out/results.json" ] || [ -n "$questions" ] || from_nothing=yes
 common=(--out "$out" --split test --seed "$seed")
@@ -125,18 +133,15 @@ stage() {  # stage "heading" command: prints both, runs the command with the opt
 # ---------------------------------------------------------------- stage 1: learning from images without labels
 pretrain="$train ssl.py pretrain"
 finetune="$train ssl.py finetune --cutmix $cutmix"
-stage "InfoNCE: two views of one image look alike" \
-  $pretrain --task infonce --epochs $epochs_infonce --keep-epochs
-stage "Model M: name the angle, repaint the patches" \
-  $pretrain --task m --epochs $epochs_m
+stage "InfoNCE: two views of one image look alike" $pretrain --task infonce --epochs $epochs_infonce --keep-epochs
+stage "Model M: name the angle, repaint the patches" $pretrain --task m --epochs $epochs_m
 stage "Model M continued from the InfoNCE encoder" \
   $pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $epochs_m_continued
 stage "Model M continued with InfoNCE beside it" \
   $pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $epochs_m_joint --keep-epochs
 stage "linear probes; controls: raw pixels, an untrained ViT" \
   python ssl.py probe --checkpoint pixels untrained "$out"/{infonce,m,m_infonce,m_joint}.pt
-stage "fine-tuning on labels" \
-  $finetune --checkpoint "$out/m_joint.pt" --epochs $epochs_finetune --keep-epochs
+stage "fine-tuning on labels" $finetune --checkpoint "$out/m_joint.pt" --epochs $epochs_finetune --keep-epochs
 if [ "$profile" = full ]; then  # costs as much again
   stage "control: the same training from scratch" $finetune --epochs $epochs_finetune
 fi
@@ -151,8 +156,7 @@ train_as_the_report() {
     python $video $report_clips --clips 1 --lr 1e-4 --blocks 1 --name video_report_1
   stage "the report's training, two blocks" \
     python $video $report_clips --clips 1 --lr 1e-4 --blocks 2 --name video_report_2
-  stage "its image encoder, probed" \
-    python ssl.py probe --checkpoint "$out/video_report_1.pt"
+  stage "its image encoder, probed" python ssl.py probe --checkpoint "$out/video_report_1.pt"
 }
 stage "factorised encoder, one temporal block" $clips $video --model encoder --blocks 1 --cutmix $cutmix
 stage "factorised encoder, two temporal blocks" $clips $video --model encoder --blocks 2 --cutmix $cutmix
@@ -169,7 +173,7 @@ captioner=tiny
 blip="python multimodal.py caption --captioner blip"
 if [ -e "$out/captions_blip.jsonl" ]; then  # begun here, or brought from another machine
   captioner=blip
-elif python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then  # on a CPU BLIP would take a night
+elif gpu; then  # on a CPU BLIP would take a night
   if stage "a caption for every image, by BLIP" $blip; then captioner=blip
   else echo "so the captions come from a small BLIP, trained here"; fi
 fi
@@ -207,8 +211,7 @@ if [ -n "$questions" ]; then
     [ $start = untrained ] && checkpoint=untrained || checkpoint=$out/$start.pt
     stage "probe of $start, 1 % of the labels" \
       python ssl.py probe --checkpoint "$checkpoint" --labels 0.01 --name ${start}_probe_1
-    stage "and with 10 %" \
-      python ssl.py probe --checkpoint "$checkpoint" --labels 0.1 --name ${start}_probe_10
+    stage "and with 10 %" python ssl.py probe --checkpoint "$checkpoint" --labels 0.1 --name ${start}_probe_10
     if [ $start != untrained ]; then
       stage "fine-tuning $start, 1 % of the labels" $finetune --checkpoint "$checkpoint" $few --name finetune_${start}_1
       stage "and with 10 %" $finetune --checkpoint "$checkpoint" $some --name finetune_${start}_10

@@ -201,9 +201,8 @@ def finetune(args: argparse.Namespace) -> None:
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
             x, y = data.crop_flip(images[index], run.generator), labels[index]  # [B, 3, S, S], [B]
-            x, other, kept = data.cutmix(
-                x, y, run.generator, args.cutmix
-            )  # other: the labels of what was pasted in
+            # other: the labels of what was pasted in
+            x, other, kept = data.cutmix(x, y, run.generator, args.cutmix)
             x, y, other = vit.share(x), vit.share(y), vit.share(other)
             with machine.autocast():
                 logits = parallel(x)  # [B, K]

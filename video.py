@@ -261,13 +261,11 @@ def train(args: argparse.Namespace) -> None:
     for epoch in range(run.epoch, args.epochs):
         model.train()
         sampler.set_epoch(epoch)
-        for index in clip_steps(sampler, labels.tolist(), args.clips, args.balanced).to(
-            machine.device
-        ):  # [C, F]
+        # [C, F]
+        for index in clip_steps(sampler, labels.tolist(), args.clips, args.balanced).to(machine.device):
             y = labels[index[:, 0]]  # [C]
-            x = data.crop_flip(images[index.flatten()], run.generator).unflatten(
-                0, index.shape
-            )  # [C, F, 3, S, S]
+            # [C, F, 3, S, S]
+            x = data.crop_flip(images[index.flatten()], run.generator).unflatten(0, index.shape)
             # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle
             mixed, other, kept = data.cutmix(x.flatten(1, 2), y, run.generator, args.cutmix)  # [C, F*3, S, S]
             x = mixed.view(x.shape)
@@ -340,9 +338,8 @@ def clips_for_the_figure(
     shown, trace = torch.arange(frames, device=images.device).expand(len(index), -1), []
     with torch.no_grad():
         logits, each = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
-    weights = trace[-1]["weights"].mean(dim=1)[
-        :, 0
-    ]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F], the mean of the heads
+    # [K, H, 1 + F, 1 + F] -> [K, 1 + F], the mean of the heads
+    weights = trace[-1]["weights"].mean(dim=1)[:, 0]
     arrays = {"images": images[index], "labels": labels[index[:, 0]], "weights": weights}
     return arrays | {"guess": logits.argmax(1), "each": each.argmax(2)}
 

@@ -58,9 +58,8 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(
-            dim, 3 * dim
-        )  # three projections side by side: one big matmul is faster than three
+        # three projections side by side: one big matmul is faster than three
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +146,13 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first."""
+        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first.
+
+        Raises ValueError for images of another shape than the encoder was made for.
+        """
+        size = self.config["image_size"]
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"images {list(images.shape)} are not [B, 3, {size}, {size}]")
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
         cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
@@ -295,20 +300,25 @@ class Machine:
     """Where the run computes, and in which precision; both chosen here, and printed."""
 
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
+        choices = [device]
         if device == "auto":
-            device = "cpu"
-            if torch.backends.mps.is_available() and PROCESSES == 1:
-                device = "mps"
-            if torch.cuda.is_available():
-                device = "cuda"
-        if device == "cuda" and PROCESSES > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        try:
-            self.device = torch.empty(1, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
-            sys.exit(f"the device {device!r} can't be used on this machine ({first}); try --device cpu")
+            choices = ["cuda"] if torch.cuda.is_available() else []
+            choices += ["mps"] if torch.backends.mps.is_available() and PROCESSES == 1 else []
+            choices += ["cpu"]
+        for choice in choices:
+            if choice == "cuda" and PROCESSES > 1:
+                choice = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(choice)
+            try:
+                self.device = (
+                    torch.zeros(1, device=choice) + 1
+                ).device  # + 1: old GPUs fail at the first kernel
+                break
+            except (RuntimeError, AssertionError) as error:
+                why_not = f"the device {choice!r} can't be used here ({str(error).splitlines()[0]})"
+                if choice == choices[-1]:
+                    sys.exit(f"{why_not}; try --device cpu")
+                print(f"{why_not}; going on without", flush=True)
         if PROCESSES > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
@@ -319,7 +329,9 @@ class Machine:
             dist.broadcast_object_list(choice)  # all take what process 0 found
         self.precision, why = choice
         self.seed = seed
-        self.eval_batch = 125 if device == "cpu" else 1000  # small: the activations fit a CPU's cache
+        self.eval_batch = (
+            125 if self.device.type == "cpu" else 1000
+        )  # small: the activations fit a CPU's cache
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         self.name = f"{self.device.type} ({chip}, {torch.get_num_threads()} CPU threads"
         self.name += f" in each of {PROCESSES} processes)" if PROCESSES > 1 else ")"
@@ -651,7 +663,12 @@ def fingerprint(*paths: str | pathlib.Path) -> str:
 def read_results(out: str | pathlib.Path) -> dict:
     """The contents of out/results.json; empty rows where there is none yet."""
     path = pathlib.Path(out) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if not path.exists():
+        return {"rows": {}}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        sys.exit(f"{path} is no JSON any more; mend it or move it away: the stages write their rows anew")
 
 
 def row_name(args: argparse.Namespace, name: str) -> str:
@@ -745,12 +762,19 @@ def command(parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args()
     out = pathlib.Path(args.out)
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr
     lock = filelock.FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
             lock.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
+    except NotImplementedError:
+        print(f"{out} is on a disk that knows no locks; don't start two runs in it", file=sys.stderr)
+    except OSError as error:
+        sys.exit(f"can't work in the folder {out}: {error.strerror}; choose another --out")
+    try:
         held = read_results(out).get("dataset")
         asked = "synthetic" if args.data == "synthetic" else "cifar10"
         if held not in (None, asked):
@@ -758,10 +782,6 @@ def command(parser: argparse.ArgumentParser) -> None:
         if PROCESSES > 1 and not hasattr(args, "epochs"):
             sys.exit("this is no training stage; start it with python instead of torchrun")
         args.run(args)
-    except filelock.Timeout:
-        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
-    except OSError as error:
-        sys.exit(f"can't work in the folder {out}: {error}; choose another --out")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
@@ -774,11 +794,13 @@ def command(parser: argparse.ArgumentParser) -> None:
             "out of memory; choose a smaller --batch (video.py: fewer --clips) with --fresh, or --device cpu"
         )
     finally:
-        lock.release()
+        lock.release()  # a notebook lives on after its %run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[common_arguments()])
+    parser = argparse.ArgumentParser(
+        description="print the network, layer by layer", parents=[common_arguments()]
+    )
     args = parser.parse_args()
     encoder = make_encoder(None, args.patch, args.dim, args.stem)
     for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:

@@ -1,4 +1,5 @@
-"""What several test files share: the project folder on the path, and two ways to run a command as a user types it."""
+"""What several test files share: the project folder on the path, and two ways to run a command as a user
+types it."""
 
 import contextlib
 import importlib.util
@@ -22,7 +23,8 @@ def seeded():
 
 
 def load(name):
-    """The module in ROOT/name, loaded once. ssl.py gets another name, since `import ssl` is, rightly, Python's own."""
+    """The module in ROOT/name, loaded once. ssl.py gets another name, since `import ssl` is, rightly,
+    Python's own."""
     module_name = "stage1" if name == "ssl.py" else pathlib.Path(name).stem
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, ROOT / name)
@@ -37,9 +39,14 @@ def stage1():
 
 
 def call(name, *words, code=0):
-    """What `python NAME WORDS` prints and how it ends, in this process, which need not start Python and torch again."""
+    """What `python NAME WORDS` prints and how it ends, in this process, which need not start Python and
+    torch again."""
     printed, ended = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
         patch.setattr("sys.argv", [name, *map(str, words)])
         try:
             load(name).main()
@@ -51,10 +58,20 @@ def call(name, *words, code=0):
 
 
 def run(*command, cwd=ROOT, code=0, env=None):
-    """Run `python ...` (or another program given by its path); check the exit code; return stdout + stderr."""
-    first = [sys.executable] if str(command[0]).endswith(".py") or command[0] == "-c" or command[0] == "-m" else []
-    done = subprocess.run([*first, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})})  # fmt: skip
+    """Run `python ...` (or another program given by its path); check the exit code; return stdout +
+    stderr."""
+    first = (
+        [sys.executable]
+        if str(command[0]).endswith(".py") or command[0] == "-c" or command[0] == "-m"
+        else []
+    )
+    done = subprocess.run(
+        [*first, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
+    )
     text = done.stdout + done.stderr
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{text}"
     if code:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from conftest import call
+
 import analysis
 
 
 def brute_force_cka(x, y, debiased):
-    """Straight from the papers, with n x n Gram matrices (Kornblith et al. 2019, eq. 3; Song et al. 2012, eq. 5)."""
+    """Straight from the papers, with n x n Gram matrices (Kornblith et al. 2019, eq. 3; Song et al. 2012,
+    eq. 5)."""
     n, one = len(x), torch.ones(len(x), dtype=torch.float64)
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
 
@@ -32,7 +35,9 @@ def streamed(*parts, debiased=False, batch=17):
 @pytest.mark.parametrize("debiased", [False, True])
 def test_streaming_cka_equals_brute_force(debiased):
     x = torch.randn(100, 20, dtype=torch.float64) + 3
-    y = (x[:, :7] @ torch.randn(7, 9, dtype=torch.float64)).tanh() + 0.3 * torch.randn(100, 9, dtype=torch.float64)
+    y = (x[:, :7] @ torch.randn(7, 9, dtype=torch.float64)).tanh() + 0.3 * torch.randn(
+        100, 9, dtype=torch.float64
+    )
     found = streamed(x, y, debiased=debiased)
     assert found[0, 1].item() == pytest.approx(brute_force_cka(x, y, debiased).item(), abs=1e-10)
     torch.testing.assert_close(found, found.T)
@@ -61,6 +66,61 @@ def test_what_is_the_same_for_all_images_has_no_cka():
         streamed(torch.randn(3, 2))
 
 
+@pytest.mark.parametrize("debiased", [False, True])
+def test_cka_does_not_mind_how_small_a_representation_is(debiased):
+    x, y = torch.randn(80, 10, dtype=torch.float64), torch.randn(80, 6, dtype=torch.float64)
+    found, tiny = streamed(x, y, debiased=debiased), streamed(1e-7 * x, y, debiased=debiased)
+    torch.testing.assert_close(tiny, found, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_one_nan_costs_its_own_row_and_column_only(debiased):
+    x, y, z = (torch.randn(80, 5, dtype=torch.float64) for _ in range(3))
+    broken = x.clone()
+    broken[7, 2] = torch.nan
+    found, whole = streamed(broken, y, z, debiased=debiased), streamed(x, y, z, debiased=debiased)
+    assert found[0].isnan().all() and found[:, 0].isnan().all()
+    torch.testing.assert_close(found[1:, 1:], whole[1:, 1:])
+
+
+def test_fewer_keys_than_neighbours_asked_for_all_vote():
+    guess = analysis.nearest_neighbours(
+        torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 1, 1, 0, 2]), k=20
+    )
+    assert guess.tolist() == [1, 1, 1]
+
+
+def test_the_moving_picture_needs_few_images(tmp_path):
+    """15 images: classes of one or two, fewer than 20 neighbours."""
+    few = [
+        "--data",
+        "synthetic",
+        "--limit",
+        15,
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+        "--out",
+        tmp_path,
+    ]
+    call(
+        "ssl.py",
+        "finetune",
+        "--dim",
+        16,
+        "--epochs",
+        1,
+        "--batch",
+        5,
+        "--name",
+        "finetune",
+        "--keep-epochs",
+        *few,
+    )
+    assert "drew" in call("analysis.py", "movie", *few)
+
+
 def test_token_similarity_is_the_cosine():
     tokens = torch.randn(2, 5, 8)
     found = analysis.token_similarity(tokens)
@@ -71,7 +131,8 @@ def test_token_similarity_is_the_cosine():
 def test_focus_at_its_two_extremes():
     flat = analysis.focus(torch.tensor([[0.0, 1.0] * 8]))  # half of the patches share the mass evenly
     sharp = analysis.focus(torch.eye(16)[:1])
-    assert flat["entropy"] == pytest.approx(0.75) and flat["best_quarter"] == pytest.approx(0.5)  # log 8 / log 16
+    # log 8 / log 16
+    assert flat["entropy"] == pytest.approx(0.75) and flat["best_quarter"] == pytest.approx(0.5)
     assert sharp["entropy"] == 0 and sharp["best_quarter"] == 1 and sharp["peak"] == 1
 
 

@@ -59,6 +59,17 @@ def test_a_gap_blackens_the_border_of_every_patch_and_nothing_else(batch):
     assert masked.shape == (64, 0) and torch.equal(found, torch.where(inside, without, 0))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 35, 35), (2, 3, 39, 32), (2, 3, 32, 40), (3, 32, 32)])
+def test_images_that_are_no_whole_number_of_patches_are_refused(shape):
+    with pytest.raises(ValueError, match="S a multiple of 8"):
+        data.patchify(torch.zeros(shape), 8)
+
+
+def test_patches_that_make_no_square_are_refused():
+    with pytest.raises(ValueError, match="15 patches"):
+        data.unpatchify(torch.zeros(1, 15, 3, 8, 8))
+
+
 def test_turn_is_numpys_rot90_of_each_image(batch):
     angle = torch.arange(64) % 4
     expected = [np.rot90(image, k, axes=(1, 2)) for image, k in zip(batch.numpy(), angle.tolist())]
@@ -76,7 +87,7 @@ def test_patch_counts_and_sizes_are_parameters(batch):
         data.patch_augment(batch, patch=4, gap=2)
 
 
-# -------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_crop_flip_is_reflection_padding_then_a_crop_then_a_mirror(batch):
@@ -99,7 +110,8 @@ def test_resized_crop_of_the_whole_image_is_the_image_or_its_mirror(batch, monke
 def test_resized_crop_stays_inside_the_image():
     ramp = (torch.arange(32) * 8).to(torch.uint8).expand(64, 3, 32, 32)  # values grow from left to right
     out = data.resized_crop_flip(ramp, torch.Generator().manual_seed(0))
-    steps = out.diff(dim=3).mean((1, 2, 3)).abs() * 255 / 8  # input pixels per output pixel = width share of the crop
+    # input pixels per output pixel = width share of the crop
+    steps = out.diff(dim=3).mean((1, 2, 3)).abs() * 255 / 8
     assert steps.min() > 0.35 and steps.max() <= 1.001  # sqrt(0.2 * 3/4) = 0.39
 
 
@@ -150,6 +162,14 @@ def test_same_class_batches():
     assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_the_sampler_takes_lists_arrays_and_tensors_and_says_what_loaders_ask(kind):
+    labels = [0, 1] * 20
+    sampler = data.SameClassBatchSampler(kind(labels), 4)
+    assert (sampler.batch_size, sampler.drop_last) == (4, True)
+    assert list(sampler) == list(data.SameClassBatchSampler(torch.tensor(labels), 4))
+
+
 def test_a_class_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="only 3 images"):
         data.SameClassBatchSampler(torch.tensor([0] * 20 + [1] * 3), 16)
@@ -160,7 +180,7 @@ def test_shuffled_batches_cover_all_but_a_rest():
     assert [len(b) for b in batches] == [3, 3, 3] and len(set(torch.cat(batches).tolist())) == 9
 
 
-# -------------------------------------------------------------------------------------------------- data on disk
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +201,8 @@ def archive():
 
 @pytest.fixture
 def server():
-    """An HTTP server on this machine; set `.content`, and `.breaks` for the number of answers to cut in half."""
+    """An HTTP server on this machine; set `.content`, and `.breaks` for the number of answers to cut in
+    half."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -210,13 +231,19 @@ def fetch(folder, server, content=None, sha256=None):
     data.fetch(folder, server.url, len(server.content), sha256 or hashlib.sha256(server.content).hexdigest())
 
 
-def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(tmp_path, archive, server, monkeypatch):
+def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(
+    tmp_path, archive, server, monkeypatch
+):
     monkeypatch.setattr(data.time, "sleep", lambda _: None)
     server.breaks = 2
     fetch(tmp_path / "d", server, archive)
     assert server.starts[0] == 0 and 0 < server.starts[1] < server.starts[2]
-    assert sorted(p.name for p in (tmp_path / "d" / data.FOLDER).iterdir()) == sorted([*data.FILES, "provenance.txt"])
-    assert [p.name for p in tmp_path.iterdir()] == ["d"] and [p.name for p in (tmp_path / "d").iterdir()] == [data.FOLDER]
+    assert sorted(p.name for p in (tmp_path / "d" / data.FOLDER).iterdir()) == sorted(
+        [*data.FILES, "provenance.txt"]
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["d"] and [p.name for p in (tmp_path / "d").iterdir()] == [
+        data.FOLDER
+    ]
     assert "SHA-256 checked" in data.describe(str(tmp_path / "d"))["provenance"]
 
     train, validation, test = (data.load(str(tmp_path / "d"), s) for s in ("train", "validation", "test"))
@@ -226,7 +253,9 @@ def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(tmp_path,
     assert torch.equal(again[0], validation[0])  # always the same ones are held out
 
 
-@pytest.mark.parametrize("content, sha256, message", [(None, "0" * 64, "SHA-256"), (b"x" * 1000, None, "not the CIFAR-10 binary")])
+@pytest.mark.parametrize(
+    "content, sha256, message", [(None, "0" * 64, "SHA-256"), (b"x" * 1000, None, "not the CIFAR-10 binary")]
+)
 def test_after_a_wrong_file_the_next_fetch_starts_afresh(tmp_path, archive, server, content, sha256, message):
     with pytest.raises(SystemExit, match=message):
         fetch(tmp_path, server, content or archive, sha256)
@@ -235,7 +264,9 @@ def test_after_a_wrong_file_the_next_fetch_starts_afresh(tmp_path, archive, serv
     assert (tmp_path / data.FOLDER).exists()
 
 
-def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(tmp_path, archive, server, monkeypatch):
+def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(
+    tmp_path, archive, server, monkeypatch
+):
     monkeypatch.setattr(data.time, "sleep", lambda _: None)
     server.breaks = 4
     with pytest.raises(SystemExit, match="can't download .* the connection broke"):
@@ -245,7 +276,8 @@ def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(tmp
 
 
 def test_where_nothing_arrives_the_first_try_is_the_last(tmp_path, monkeypatch):
-    """A new download and one that was begun earlier: without a network both give up at once, and the second keeps its part."""
+    """A new download and one that was begun earlier: without a network both give up at once, and the
+    second keeps its part."""
     tried = []
 
     def offline(*_, **__):
@@ -262,7 +294,10 @@ def test_where_nothing_arrives_the_first_try_is_the_last(tmp_path, monkeypatch):
     assert len(tried) == 2
 
 
-@pytest.mark.parametrize("damage, message", [("missing", "has no test_batch"), ("short", "bytes instead of"), ("label", "holds the label 77")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [("missing", "has no test_batch"), ("short", "bytes instead of"), ("label", "holds the label 77")],
+)
 def test_damaged_files_get_one_sentence(tmp_path, damage, message):
     (tmp_path / data.FOLDER).mkdir()
     content = bytearray(10_000 * data.RECORD)
@@ -274,8 +309,79 @@ def test_damaged_files_get_one_sentence(tmp_path, damage, message):
         data.load(str(tmp_path), "test")
 
 
+class Broken:
+    """A response whose TLS connection breaks after the first half, or where it is asked to go on, gives
+    the rest."""
+
+    def __init__(self, content, start):
+        self.status, self.parts = (
+            (206 if start else 200),
+            [content[start:]] if start else [content[: len(content) // 2]],
+        )
+        self.breaks = not start
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, _):
+        if self.parts:
+            return self.parts.pop()
+        if self.breaks:
+            raise OSError("[SSL] record layer failure")  # ssl.SSLError is an OSError
+        return b""
+
+
+def test_tls_that_breaks_in_mid_download_is_tried_again_like_any_broken_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+
+    def urlopen(request, timeout):
+        return Broken(b"0123456789", int(request.headers.get("Range", "bytes=0-")[6:-1]))
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    data._download("https://nowhere/", tmp_path / "part", 10)
+    assert (tmp_path / "part").read_bytes() == b"0123456789"
+
+
+def test_a_full_disk_in_mid_download_is_not_blamed_on_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: Broken(b"0123456789", 0))
+    with pytest.raises(SystemExit, match="can't fetch CIFAR-10 into .*350 MB must be free"):
+        (tmp_path / "cifar-10-binary.tar.gz.part").mkdir()  # can't be written to
+        data.fetch(tmp_path, "https://nowhere/", 1 << 40, "")
+
+
+def test_a_certificate_that_can_not_be_checked_gets_its_remedy(tmp_path, monkeypatch):
+    def urlopen(*_, **__):
+        raise urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    with pytest.raises(SystemExit, match="Install Certificates"):
+        data._download("https://nowhere/", tmp_path / "part", 10)
+
+
+def test_the_bin_files_are_found_under_another_name_and_pickles_are_refused(tmp_path):
+    elsewhere = tmp_path / "my images"
+    elsewhere.mkdir()
+    (elsewhere / "test_batch.bin").touch()
+    assert data.find(str(elsewhere)) == elsewhere
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(SystemExit, match="as Python pickles"):
+        data.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_a_note_on_provenance_is_read_as_any_shell_writes_it(tmp_path, encoding):
+    (tmp_path / data.FOLDER).mkdir()
+    (tmp_path / data.FOLDER / "provenance.txt").write_bytes("copie de l'été\r\n".encode(encoding))
+    assert data.describe(str(tmp_path))["provenance"] == "copie de l'été"
+
+
 def test_an_empty_data_folder_gets_one_sentence(tmp_path):
-    text = call("ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1)
+    text = call(
+        "ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1
+    )
     assert "fetches CIFAR-10" in text and "--data synthetic" in text
 
 

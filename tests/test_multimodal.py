@@ -1,10 +1,12 @@
-"""Stage 3: cross-attention against torch's own, captions and embeddings against the libraries', the commands."""
+"""Stage 3: cross-attention against torch's own, captions and embeddings against the libraries', the
+commands."""
 
 import argparse
 import errno
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -45,19 +47,27 @@ def small_fusion(image=True):
 def torch_attention(ours):
     """nn.MultiheadAttention with our weights."""
     theirs = nn.MultiheadAttention(D, ours.heads, batch_first=True).eval()
-    theirs.load_state_dict({"in_proj_weight": torch.cat([ours.q.weight, ours.kv.weight]), "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
-                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})  # fmt: skip
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([ours.q.weight, ours.kv.weight]),
+            "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
+            "out_proj.weight": ours.proj.weight,
+            "out_proj.bias": ours.proj.bias,
+        }
+    )
     return theirs
 
 
-# -------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_cross_attention_equals_multihead_attention_with_padding():
     ours, x, text = randomise(multimodal.CrossAttention(D, 4)), torch.randn(3, 5, D), torch.randn(3, 7, D)
     real = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
     out, weights = ours(x, text, real)
-    expected, expected_weights = torch_attention(ours)(x, text, text, key_padding_mask=~real, average_attn_weights=False)
+    expected, expected_weights = torch_attention(ours)(
+        x, text, text, key_padding_mask=~real, average_attn_weights=False
+    )
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(weights, expected_weights)
     text[~real] = 100.0
@@ -65,13 +75,15 @@ def test_cross_attention_equals_multihead_attention_with_padding():
 
 
 def test_one_key_makes_cross_attention_a_linear_map():
-    """With a single text vector the weights are one whatever is asked, so they can't choose: every x gets proj(V text)."""
+    """With a single text vector the weights are one whatever is asked, so they can't choose: every x gets
+    proj(V text)."""
     ours, text = randomise(multimodal.CrossAttention(D, 4)), torch.randn(3, 1, D)
     out, weights = ours(torch.randn(3, 5, D), text)
     assert torch.equal(weights, torch.ones(3, 4, 5, 1))
     torch.testing.assert_close(out, ours.proj(ours.kv(text)[..., D:]).expand(-1, 5, -1))
     out.sum().backward()
-    assert ours.q.weight.grad.abs().max() < 1e-6 and ours.kv.weight.grad[:D].abs().max() < 1e-6  # queries and keys learn nothing
+    # queries and keys learn nothing
+    assert ours.q.weight.grad.abs().max() < 1e-6 and ours.kv.weight.grad[:D].abs().max() < 1e-6
     assert ours.kv.weight.grad[D:].abs().max() > 0.1
 
 
@@ -80,7 +92,12 @@ def test_cross_block_equals_a_pre_norm_decoder_layer_without_self_attention():
     theirs = nn.TransformerDecoderLayer(D, 4, 4 * D, 0.0, "gelu", batch_first=True, norm_first=True).eval()
     nn.init.zeros_(theirs.self_attn.out_proj.weight)
     theirs.multihead_attn = torch_attention(ours.attn)
-    theirs.norm2, theirs.norm3, theirs.linear1, theirs.linear2 = ours.norm1, ours.norm2, ours.mlp[0], ours.mlp[2]
+    theirs.norm2, theirs.norm3, theirs.linear1, theirs.linear2 = (
+        ours.norm1,
+        ours.norm2,
+        ours.mlp[0],
+        ours.mlp[2],
+    )
     torch.testing.assert_close(ours(x, text), theirs(x, ours.norm_text(text)))
 
 
@@ -129,11 +146,26 @@ def test_sentences_say_what_can_be_measured():
     images[1, :, 4:28, 4:28] = 0
     images[2] = 200  # nothing but light grey
     found = multimodal.sentences(images, torch.tensor([3, 8, 0]), data.CLASSES)
-    assert found == ["the cat on dark green far away", "the ship on bright yellow close up", "the airplane on bright grey far away"]
+    assert found == [
+        "the cat on dark green far away",
+        "the ship on bright yellow close up",
+        "the airplane on bright grey far away",
+    ]
 
 
-@pytest.mark.parametrize("caption, name", [("a cat on dark green", "cat"), ("two blurry puppies and Dogs by a truck", "dog"), ("a jet in the sky", "airplane"),
-                                           ("a catalogue", None), ("", None), ("an old CAR.", "automobile"), ("a bus", None), ("horses", "horse")])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, name",
+    [
+        ("a cat on dark green", "cat"),
+        ("two blurry puppies and Dogs by a truck", "dog"),
+        ("a jet in the sky", "airplane"),
+        ("a catalogue", None),
+        ("", None),
+        ("an old CAR.", "automobile"),
+        ("a bus", None),
+        ("horses", "horse"),
+    ],
+)
 def test_the_class_named_in_a_caption(caption, name):
     assert multimodal.named_class(caption, data.CLASSES) == (data.CLASSES.index(name) if name else -1)
 
@@ -141,10 +173,18 @@ def test_the_class_named_in_a_caption(caption, name):
 def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
     about = {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    lines = [json.dumps(about), json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}), '{"split": "train", "ind']
+    lines = [
+        json.dumps(about),
+        json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}),
+        '{"split": "train", "ind',
+    ]
     path.write_text("\n".join(lines))
     header, captions, whole = multimodal.read_captions(path)
-    assert header == about and captions == {("train", 0): "a \u00e9l\u00e9phant"} and whole == len("\n".join(lines[:2])) + 1
+    assert (
+        header == about
+        and captions == {("train", 0): "a \u00e9l\u00e9phant"}
+        and whole == len("\n".join(lines[:2])) + 1
+    )
     with pytest.raises(SystemExit, match="lacks 1 of 2 captions"):
         multimodal.captions_of(captions, "train", 2)
     for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
@@ -153,6 +193,40 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
             multimodal.read_captions(path)
     with pytest.raises(SystemExit, match="there is no caption file"):
         multimodal.read_captions(tmp_path / "nowhere")
+
+
+def test_a_caption_file_from_an_editor_keeps_its_last_caption_and_may_have_blank_lines(tmp_path):
+    path, about = tmp_path / "captions.jsonl", {"captioner": "blip", "model": "b", "dataset": "cifar10"}
+    lines = [about, *({"split": "train", "index": i, "caption": f"caption {i}"} for i in range(2))]
+    path.write_text("\n".join(map(json.dumps, lines)))  # no newline at the end
+    assert multimodal.begin_captions(path, about, fresh=False) == {
+        ("train", i): f"caption {i}" for i in range(2)
+    }
+    multimodal.append_captions(path, "train", {2: "caption 2"})
+    path.write_text(path.read_text() + "\n\n")
+    assert len(multimodal.read_captions(path)[1]) == 3
+
+
+@pytest.mark.parametrize("fault", ["a decoder layer is missing", "no captioner at all"])
+def test_a_captioner_with_weights_missing_is_refused(finished, tmp_path, fault):
+    """The library would fill them in at random, and the captions would be nonsense."""
+    import safetensors.torch
+
+    folder = tmp_path / "blip"
+    shutil.copytree(finished / "tiny_blip_0", folder)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    part = "text_decoder.bert.encoder.layer.1" if "layer" in fault else "text_decoder"
+    kept = {key: value for key, value in state.items() if not key.startswith(part)}
+    assert len(kept) < len(state)
+    safetensors.torch.save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="is no BLIP captioner: it has no weights for text_decoder"):
+        multimodal.load_blip(str(folder), None, torch.device("cpu"))
+
+
+def test_words_are_spelled_as_written_and_cut_where_clip_cuts():
+    assert multimodal.spelled(["un été"], 77) == ["<start> un été <end>"]
+    long = multimodal.spelled(["a cat " * 20], 16)[0].split()
+    assert len(long) == 16 and long[-1] == "<end>"
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
@@ -164,7 +238,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         multimodal.append_captions(tmp_path / "captions.jsonl", "train", {0: "a caption"})
 
 
-# -------------------------------------------------------------------------------------------------- the libraries' models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_small_blips_image_tower_is_our_encoder():
@@ -177,9 +251,12 @@ def test_the_small_blips_image_tower_is_our_encoder():
 
 
 def test_enlarged_images_get_positions_in_between():
-    """The library can interpolate positions while it runs; ours, interpolated beforehand, give the same tokens."""
+    """The library can interpolate positions while it runs; ours, interpolated beforehand, give the same
+    tokens."""
     encoder, images = randomise(vit.ViT(dim=D, depth=1)), data.synthetic(4)[0]
-    (plain, _), (enlarged, processor) = (multimodal.small_blip(encoder, data.CLASSES, size) for size in (32, 48))
+    (plain, _), (enlarged, processor) = (
+        multimodal.small_blip(encoder, data.CLASSES, size) for size in (32, 48)
+    )
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (4, 3, 48, 48)
     found = enlarged.eval().vision_model(pixel_values=pixels).last_hidden_state  # [4, 1 + 36, D]
@@ -214,12 +291,19 @@ def test_an_open_clip_checkpoint_is_loaded_from_a_folder_and_from_a_file(tmp_pat
     saved = small_clip(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(multimodal.SMALL_CLIP))
     open_clip.add_model_config(tmp_path / "small.json")
-    for name, weights in ((f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin"))):
+    for name, weights in (
+        (f"local-dir:{tmp_path}", None),
+        ("small", str(tmp_path / "open_clip_pytorch_model.bin")),
+    ):
         model, tokenizer = multimodal.load_clip(name, weights)
         tokens = tokenizer(["a cat", "two dogs on a red boat"])
         torch.testing.assert_close(model.encode_text(tokens), saved.encode_text(tokens))
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"not weights")
-    for name, weights in ((f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin")), ("no such model", None)):
+    for name, weights in (
+        (f"local-dir:{tmp_path}", None),
+        ("small", str(tmp_path / "open_clip_pytorch_model.bin")),
+        ("no such model", None),
+    ):
         with pytest.raises(SystemExit, match="can't load the CLIP"):
             multimodal.load_clip(name, weights)
 
@@ -239,12 +323,14 @@ def test_the_last_word_is_clips_own_embedding_and_no_word_knows_a_later_one(tmp_
     model, tokenizer = multimodal.load_clip(f"local-dir:{tmp_path}", None)
     captions = ["a cat", "a cat on dark green", "two dogs"]
     found = multimodal.embed_words(model, tokenizer, captions)
-    assert [len(s) for s in found] == [len(c.split()) for c in multimodal.spelled(captions)] == [4, 7, 4]
-    torch.testing.assert_close(torch.stack([s[-1] for s in found]), model.encode_text(tokenizer(captions), normalize=True))
+    assert [len(s) for s in found] == [len(c.split()) for c in multimodal.spelled(captions, 16)] == [4, 7, 4]
+    torch.testing.assert_close(
+        torch.stack([s[-1] for s in found]), model.encode_text(tokenizer(captions), normalize=True)
+    )
     torch.testing.assert_close(found[0][:3], found[1][:3])  # <start> a cat
 
 
-# -------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------------------------
 
 TINY = ["--data", "synthetic", "--limit", 320, "--device", "cpu", "--precision", "float32"]
 FAST = ["--epochs", 1, "--batch", 32]
@@ -256,13 +342,41 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("language")
     out = ["--out", folder, *TINY]
     call("ssl.py", "pretrain", "--task", "m", "--dim", D, *FAST, *out)
-    call("video.py", "--checkpoint", folder / "m.pt", "--blocks", 2, "--frames", F, "--clips", 2, "--epochs", 1, *out)
+    call(
+        "video.py",
+        "--checkpoint",
+        folder / "m.pt",
+        "--blocks",
+        2,
+        "--frames",
+        F,
+        "--clips",
+        2,
+        "--epochs",
+        1,
+        *out,
+    )
     call("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", *FAST, *out)
     for seen in ([], ["--seen"]):
         call("multimodal.py", "caption", "--captioner", "tiny", *seen, "--batch", 100, *out)
-        call("multimodal.py", "embed", "--captions", folder / f"captions_tiny{'_seen' if seen else ''}.jsonl", *out)
+        call(
+            "multimodal.py",
+            "embed",
+            "--captions",
+            folder / f"captions_tiny{'_seen' if seen else ''}.jsonl",
+            *out,
+        )
     fuse = ["fuse", *FAST, *out, "--captions"]
-    call("multimodal.py", *fuse, folder / "captions_tiny.jsonl", "--control", "none", "image_only", "text_only", "shuffled")
+    call(
+        "multimodal.py",
+        *fuse,
+        folder / "captions_tiny.jsonl",
+        "--control",
+        "none",
+        "image_only",
+        "text_only",
+        "shuffled",
+    )
     call("multimodal.py", *fuse, folder / "captions_tiny.jsonl", "--text", "tokens")
     call("multimodal.py", *fuse, folder / "captions_tiny_seen.jsonl")
     return folder
@@ -270,15 +384,20 @@ def finished(tmp_path_factory):
 
 def test_the_whole_stage_leaves_its_rows_and_figures(finished):
     rows = vit.read_results(finished)["rows"]
-    assert {f"{name}_validation" for name in analysis.language_rows("tiny") if name != "fusion_tiny_1"} <= rows.keys()
-    assert all(row["captioner"] == "tiny" for name, row in rows.items() if name.startswith(("fusion", "captions")))
+    assert {
+        f"{name}_validation" for name in analysis.language_rows("tiny") if name != "fusion_tiny_1"
+    } <= rows.keys()
+    assert all(
+        row["captioner"] == "tiny" for name, row in rows.items() if name.startswith(("fusion", "captions"))
+    )
     drawn = call("analysis.py", "figures", "--out", finished, *TINY)
     assert all(f"figures/{name}.png" in drawn for name in ("captions", "words", "controls"))
     table = call("analysis.py", "report", "--out", finished, *TINY)
     blip = next(line for line in table.splitlines() if "blip captions: fusion" in line)
     assert "not measured here" in blip
     stored = np.load(finished / "fusion_tiny_tokens_validation.npz")
-    assert [" ".join(w.split()[1:-1]) for w in stored["words"]] == stored["captions"].tolist()  # between <start> and <end>
+    # between <start> and <end>
+    assert [" ".join(w.split()[1:-1]) for w in stored["words"]] == stored["captions"].tolist()
     for sentence, weights in zip(stored["words"], stored["weights"]):
         assert weights.sum() == pytest.approx(1, abs=1e-5) and (weights[len(sentence.split()) :] == 0).all()
     assert vit.load_encoder(finished / "fusion_tiny.pt").config["dim"] == D  # as of any stage
@@ -287,16 +406,53 @@ def test_the_whole_stage_leaves_its_rows_and_figures(finished):
 def test_the_real_models_way_with_small_ones_from_folders(finished, tmp_path):
     """BLIP and CLIP by name or folder, whatever their size: every step, row and picture says blip."""
     out = ["--out", tmp_path, *TINY]
-    call("multimodal.py", "caption", "--captioner", "blip", "--blip", finished / "tiny_blip_0", "--beams", 2, "--max-new-tokens", 3, *out)
+    call(
+        "multimodal.py",
+        "caption",
+        "--captioner",
+        "blip",
+        "--blip",
+        finished / "tiny_blip_0",
+        "--beams",
+        2,
+        "--max-new-tokens",
+        3,
+        *out,
+    )
     header, captions, _ = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
-    assert header["captioner"] == "blip" and header["model"] == str(finished / "tiny_blip_0") and header["beams"] == 2
+    assert (
+        header["captioner"] == "blip"
+        and header["model"] == str(finished / "tiny_blip_0")
+        and header["beams"] == 2
+    )
     assert len(captions) == 3 * 320 and all(len(c.split()) <= 3 for c in captions.values())
-    call("multimodal.py", "embed", "--captions", tmp_path / "captions_blip.jsonl", "--clip", f"local-dir:{finished / 'tiny_clip'}", *out)
-    fuse = ["fuse", "--captions", tmp_path / "captions_blip.jsonl", "--checkpoint", finished / "video_encoder_2.pt"]
+    call(
+        "multimodal.py",
+        "embed",
+        "--captions",
+        tmp_path / "captions_blip.jsonl",
+        "--clip",
+        f"local-dir:{finished / 'tiny_clip'}",
+        *out,
+    )
+    fuse = [
+        "fuse",
+        "--captions",
+        tmp_path / "captions_blip.jsonl",
+        "--checkpoint",
+        finished / "video_encoder_2.pt",
+    ]
     call("multimodal.py", *fuse, "--control", "none", "image_only", *FAST, *out)
     rows = vit.read_results(tmp_path)["rows"]
-    assert {"captions_blip_validation", "fusion_blip_validation", "fusion_blip_image_only_validation"} == rows.keys()
-    assert rows["fusion_blip_validation"]["report"] == multimodal.REPORTED["fusion_blip"] and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
+    assert {
+        "captions_blip_validation",
+        "fusion_blip_validation",
+        "fusion_blip_image_only_validation",
+    } == rows.keys()
+    assert (
+        rows["fusion_blip_validation"]["report"] == multimodal.REPORTED["fusion_blip"]
+        and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
+    )
     assert "figures/captions.png" in call("analysis.py", "figures", *out)
     assert "blip captions: fusion, two blocks" in call("analysis.py", "report", *out)
 
@@ -313,9 +469,13 @@ def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
     embed = ["embed", "--out", finished, *TINY, "--captions"]
     assert " 0 to embed" in call("multimodal.py", *embed, finished / "captions_tiny.jsonl")
     place, states, _, clip = multimodal.read_embeddings(finished / "captions_tiny.npz")
-    more = finished / "elsewhere" / "captions_tiny.jsonl"  # brought in from another machine, under the same name
+    # brought in from another machine, under the same name
+    more = finished / "elsewhere" / "captions_tiny.jsonl"
     more.parent.mkdir()
-    more.write_bytes((finished / "captions_tiny.jsonl").read_bytes() + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n')
+    more.write_bytes(
+        (finished / "captions_tiny.jsonl").read_bytes()
+        + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n'
+    )
     assert " 1 to embed" in call("multimodal.py", *embed, more)
     longer, new_states, words, same = multimodal.read_embeddings(finished / "captions_tiny.npz")
     assert same == clip and longer == place | {"a brand new caption": len(place)}
@@ -323,18 +483,44 @@ def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
 
 
 def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path, monkeypatch):
-    """Other labels for the images of fold 0 change nothing in the captioner of fold 0, and everything in that of fold 1."""
+    """Other labels for the images of fold 0 change nothing in the captioner of fold 0, and everything in
+    that of fold 1."""
     encoder = vit.ViT(dim=D, depth=1)
-    torch.save({"config": encoder.config, "epoch": 1, "settings": {"stage": "pretrain"},
-                "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()}}, tmp_path / "m.pt")  # fmt: skip
+    torch.save(
+        {
+            "config": encoder.config,
+            "epoch": 1,
+            "settings": {"stage": "pretrain"},
+            "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+        },
+        tmp_path / "m.pt",
+    )
     images, labels = data.synthetic(128)
     weights = []
     for change in (0, 1):
         other = torch.where(torch.arange(128) % 2 == 0, (labels + change) % 10, labels)
         monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
-        args = argparse.Namespace(out=tmp_path / str(change), data="synthetic", limit=None, device="cpu", precision="float32", seed=0, dim=None, patch=None, stem=False,
-                                  checkpoint=tmp_path / "m.pt", folds=2, enlarge=32, epochs=1, batch=32, lr=1e-3,
-                                  warmup=0, weight_decay=0.0, fresh=False, keep_epochs=False)  # fmt: skip
+        args = argparse.Namespace(
+            out=tmp_path / str(change),
+            data="synthetic",
+            limit=None,
+            device="cpu",
+            precision="float32",
+            seed=0,
+            dim=None,
+            patch=None,
+            stem=False,
+            checkpoint=tmp_path / "m.pt",
+            folds=2,
+            enlarge=32,
+            epochs=1,
+            batch=32,
+            lr=1e-3,
+            warmup=0,
+            weight_decay=0.0,
+            fresh=False,
+            keep_epochs=False,
+        )
         multimodal.tiny(args)
         weights.append([vit.read_checkpoint(args.out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
     same = [all(torch.equal(v, b[k]) for k, v in a.items()) for a, b in zip(*weights)]
@@ -343,11 +529,18 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
 
 def test_without_a_network_the_commands_that_fetch_are_named(finished, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    text = run("multimodal.py", "caption", "--captioner", "blip", "--out", tmp_path, *TINY, code=1, env=offline)
-    assert "hf download Salesforce/blip-image-captioning-base" in text and len(text.strip().splitlines()) == 2, text  # the machine, and why not
+    text = run(
+        "multimodal.py", "caption", "--captioner", "blip", "--out", tmp_path, *TINY, code=1, env=offline
+    )
+    # the machine, and why not
+    assert (
+        "hf download Salesforce/blip-image-captioning-base" in text and len(text.strip().splitlines()) == 2
+    ), text
     embed = ["--captions", finished / "captions_tiny.jsonl", "--clip", "ViT-B-32", "--out", tmp_path, *TINY]
     text = run("multimodal.py", "embed", *embed, code=1, env=offline)
-    assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3, text
+    assert (
+        "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3
+    ), text
 
 
 def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypatch):
@@ -358,16 +551,34 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
     monkeypatch.setattr(multimodal, "load_blip", lambda name, *_: (pathlib.Path(name).name, None))
     monkeypatch.setattr(multimodal, "write_captions", lambda model, _, images, *__: [model] * len(images))
     for seen in (0, 1):
-        call("multimodal.py", "caption", "--captioner", "tiny", *["--seen"] * seen, "--name", f"by_{seen}", "--out", finished, *TINY)
+        call(
+            "multimodal.py",
+            "caption",
+            "--captioner",
+            "tiny",
+            *["--seen"] * seen,
+            "--name",
+            f"by_{seen}",
+            "--out",
+            finished,
+            *TINY,
+        )
         _, captions, _ = multimodal.read_captions(finished / f"by_{seen}.jsonl")
-        assert len(captions) == 3 * 320 and all(by == f"tiny_blip_{(i + seen) % 2}" for (_, i), by in captions.items())
+        assert len(captions) == 3 * 320 and all(
+            by == f"tiny_blip_{(i + seen) % 2}" for (_, i), by in captions.items()
+        )
     state = torch.load(finished / "tiny_blip_1.pt", weights_only=True)
-    torch.save(state | {"settings": state["settings"] | {"folds": 3}}, finished / "tiny_blip_1.pt")  # left behind by a run with more folds
-    assert "tiny_blip_1 is not trained yet" in call("multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1)
+    # left behind by a run with more folds
+    torch.save(state | {"settings": state["settings"] | {"folds": 3}}, finished / "tiny_blip_1.pt")
+    assert "tiny_blip_1 is not trained yet" in call(
+        "multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1
+    )
     torch.save(state, finished / "tiny_blip_1.pt")
     weights = finished / "tiny_blip_1" / "model.safetensors"
     weights.rename(finished / "elsewhere.safetensors")  # as if `tiny` had been stopped
-    assert "tiny_blip_1 is not trained yet" in call("multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1)
+    assert "tiny_blip_1 is not trained yet" in call(
+        "multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1
+    )
     (finished / "elsewhere.safetensors").rename(weights)
 
 
@@ -392,7 +603,17 @@ def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finish
 def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
     before = (finished / "captions_tiny.jsonl").read_bytes()
     (tmp_path / "captions_blip.jsonl").write_bytes(before)
-    words = ["caption", "--captioner", "blip", "--blip", tmp_path / "no/such", "--fresh", "--out", tmp_path, *TINY]
+    words = [
+        "caption",
+        "--captioner",
+        "blip",
+        "--blip",
+        tmp_path / "no/such",
+        "--fresh",
+        "--out",
+        tmp_path,
+        *TINY,
+    ]
     assert "can't load the captioner" in call("multimodal.py", *words, code=1)
     assert (tmp_path / "captions_blip.jsonl").read_bytes() == before
 
@@ -400,7 +621,8 @@ def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
 def test_beams_and_long_captions(finished):
     """The small BLIP has fewer positions than --max-new-tokens may ask for."""
     blip, processor = multimodal.load_blip(finished / "tiny_blip_0", None, torch.device("cpu"))
-    nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)  # no word is likelier than another, so sentences don't end
+    # no word is likelier than another, so sentences don't end
+    nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)
     machine = vit.Machine("cpu", "float32")
     assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
 
@@ -408,7 +630,10 @@ def test_beams_and_long_captions(finished):
 def test_another_clip_makes_another_fusion_run(finished):
     """A finished run neither goes on with embeddings that it has never seen nor passes for one that has."""
     stored = finished / "captions_tiny.npz"
-    before, fuse = stored.read_bytes(), ["fuse", *FAST, "--out", finished, *TINY, "--captions", finished / "captions_tiny.jsonl"]
+    before, fuse = (
+        stored.read_bytes(),
+        ["fuse", *FAST, "--out", finished, *TINY, "--captions", finished / "captions_tiny.jsonl"],
+    )
     call("multimodal.py", *fuse)
     assert "measured before" in call("multimodal.py", *fuse)
     arrays = dict(np.load(stored))
@@ -418,20 +643,61 @@ def test_another_clip_makes_another_fusion_run(finished):
 
 
 def test_mistakes_are_one_sentence(finished, tmp_path):
-    out, captions, foreign = ["--out", finished, *TINY], finished / "captions_tiny.jsonl", tmp_path / "captions_tiny.jsonl"
+    out, captions, foreign = (
+        ["--out", finished, *TINY],
+        finished / "captions_tiny.jsonl",
+        tmp_path / "captions_tiny.jsonl",
+    )
     foreign.write_text('{"captioner": "blip", "model": "b", "dataset": "cifar10"}\n')
     for module, words, sentence in [
-        ("multimodal.py", ["caption", "--captioner", "tiny", "--out", tmp_path, *TINY], "is not trained yet; `python multimodal.py tiny"),
+        (
+            "multimodal.py",
+            ["caption", "--captioner", "tiny", "--out", tmp_path, *TINY],
+            "is not trained yet; `python multimodal.py tiny",
+        ),
         ("multimodal.py", ["caption", "--captioner", "tiny", "--beams", 2, *out], "made with another beams"),
         ("multimodal.py", ["caption", "--captioner", "blip", "--seen", *out], "BLIP has not seen"),
-        ("multimodal.py", ["embed", "--captions", captions, "--clip", f"local-dir:{tmp_path}", *out], "multimodal.py tiny` trains one"),
-        ("multimodal.py", ["embed", "--captions", captions, "--clip", "ViT-B-32", "--clip-weights", "no/such/file", *out], "name a file with --clip-weights"),
+        (
+            "multimodal.py",
+            ["embed", "--captions", captions, "--clip", f"local-dir:{tmp_path}", *out],
+            "multimodal.py tiny` trains one",
+        ),
+        (
+            "multimodal.py",
+            ["embed", "--captions", captions, "--clip", "ViT-B-32", "--clip-weights", "no/such/file", *out],
+            "name a file with --clip-weights",
+        ),
         ("multimodal.py", ["tiny", "--checkpoint", finished / "m.pt", "--folds", 1, *out], "at least 2"),
-        ("multimodal.py", ["tiny", "--checkpoint", finished / "m.pt", "--enlarge", 50, *out], "not a whole number of 8-pixel patches"),
-        ("multimodal.py", ["tiny", "--checkpoint", finished / "video_encoder_2.pt", *out], "trained on labels"),
-        ("multimodal.py", ["fuse", "--captions", captions, "--checkpoint", finished / "video_encoder_2.pt", "--out", tmp_path, *TINY], "multimodal.py embed"),
+        (
+            "multimodal.py",
+            ["tiny", "--checkpoint", finished / "m.pt", "--enlarge", 50, *out],
+            "not a whole number of 8-pixel patches",
+        ),
+        (
+            "multimodal.py",
+            ["tiny", "--checkpoint", finished / "video_encoder_2.pt", *out],
+            "trained on labels",
+        ),
+        (
+            "multimodal.py",
+            [
+                "fuse",
+                "--captions",
+                captions,
+                "--checkpoint",
+                finished / "video_encoder_2.pt",
+                "--out",
+                tmp_path,
+                *TINY,
+            ],
+            "multimodal.py embed",
+        ),
         ("multimodal.py", ["fuse", "--captions", captions, "--blocks", 1, *out], "there is no checkpoint"),
-        ("multimodal.py", ["fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out], "no factorised encoder"),
+        (
+            "multimodal.py",
+            ["fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out],
+            "no factorised encoder",
+        ),
         ("multimodal.py", ["fuse", "--captions", foreign, *out], "captions of cifar10, not of synthetic"),
         ("ssl.py", ["probe", "--checkpoint", finished / "tiny_blip_0.pt", *out], "another library"),
     ]:

@@ -1,4 +1,5 @@
-"""What the pages people read promise: every number is in results.json, every command exists with these options."""
+"""What the pages people read promise: every number is in results.json, every command exists with these
+options."""
 
 import importlib
 import json
@@ -19,10 +20,19 @@ SCRIPTS = ["ssl.py", "video.py", "multimodal.py", "analysis.py"]
 
 
 def commands() -> list[str]:
-    """Every command line for a script with `vit.command`: on the pages, in docstrings, in the published rows."""
-    texts = [page.read_text() for page in PAGES] + [(ROOT / name).read_text() for name in [*SCRIPTS, "vit.py", "data.py"]]
-    found = [line for text in texts for line in re.findall(r"^ +(?:python|torchrun .*?) (\w+\.py .*?)(?:  +#.*)?$", text, re.MULTILINE)]
-    found += [row["command"].split(" ", 1)[1] for results in RUNS.values() for row in results["rows"].values()]
+    """Every command line for a script with `vit.command`: on the pages, in docstrings, in the published
+    rows."""
+    texts = [page.read_text() for page in PAGES] + [
+        (ROOT / name).read_text() for name in [*SCRIPTS, "vit.py", "data.py"]
+    ]
+    found = [
+        line
+        for text in texts
+        for line in re.findall(r"^ +(?:python|torchrun .*?) (\w+\.py .*?)(?:  +#.*)?$", text, re.MULTILINE)
+    ]
+    found += [
+        row["command"].split(" ", 1)[1] for results in RUNS.values() for row in results["rows"].values()
+    ]
     return sorted({line for line in found if line.split()[0] in SCRIPTS})
 
 
@@ -42,8 +52,13 @@ def test_no_result_on_the_page_is_typed_by_hand(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text()
-    headings = {f: {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", f.read_text(), re.MULTILINE)}
-                for f in PAGES}  # fmt: skip
+    headings = {
+        f: {
+            re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+            for h in re.findall(r"^#+ (.*)$", f.read_text(), re.MULTILINE)
+        }
+        for f in PAGES
+    }
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
     for link in links:
@@ -62,7 +77,8 @@ def test_pictures_are_small():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_that_is_shown_parses(script, stage1, monkeypatch):
-    """With all its options and values, as the script's own parser sees it; running them is what the other tests do."""
+    """With all its options and values, as the script's own parser sees it; running them is what the other
+    tests do."""
     module, parsers = stage1 if script == "ssl.py" else importlib.import_module(script[:-3]), []
     monkeypatch.setattr(vit, "command", parsers.append)
     module.main()
@@ -74,19 +90,46 @@ def test_every_command_that_is_shown_parses(script, stage1, monkeypatch):
 
 def test_the_two_commands_that_need_no_options(tmp_path):
     assert "all, with CLS and positions" in call("vit.py", "--device", "cpu", "--precision", "float32")
-    assert "a row per class" in run("data.py", "--sheet", tmp_path / "synthetic.png") and (tmp_path / "synthetic.png").exists()
+    assert (
+        "a row per class" in run("data.py", "--sheet", tmp_path / "synthetic.png")
+        and (tmp_path / "synthetic.png").exists()
+    )
 
 
-RESULTS = {"cifar10-laptop": {"seed": 0, "rows": {"m_probe": {"value": 0.5, "seconds": 90, "report": 0.3851, "training": {"angle": 0.25}}, "cka_after": {"value": 0.5, "blocks": [0.1, 0.2]}}},
-           "cifar10-laptop-seed1": {"seed": 1, "rows": {"m_probe": {"value": 0.6, "seconds": 30}}},
-           "cifar10-full": {"seed": 0, "seconds": 600, "rows": {"m_probe": {"value": 0.8, "command": "python x.py"}}}}  # fmt: skip
+RESULTS = {
+    "cifar10-laptop": {
+        "seed": 0,
+        "rows": {
+            "m_probe": {"value": 0.5, "seconds": 90, "report": 0.3851, "training": {"angle": 0.25}},
+            "cka_after": {"value": 0.5, "blocks": [0.1, 0.2]},
+        },
+    },
+    "cifar10-laptop-seed1": {"seed": 1, "rows": {"m_probe": {"value": 0.6, "seconds": 30}}},
+    "cifar10-full": {
+        "seed": 0,
+        "seconds": 600,
+        "rows": {"m_probe": {"value": 0.8, "command": "python x.py"}},
+    },
+}
 
 
-@pytest.mark.parametrize("mark, text", [
-    ("laptop:m_probe", "55.00 ± 7.07 %"), ("full:m_probe", "80.00 %"), ("report:m_probe", "38.51 %"), ("full:finetune", "not measured"),
-    ("laptop:m_probe:seconds", "1.0 min"), ("laptop:m_probe:training.angle", "25.00 %"), ("laptop:cka_after", "0.5000"),
-    ("laptop:cka_after:blocks.1", "0.2000"), ("laptop::seed", "0, 1"), ("full::seconds", "10 min"), ("laptop::seconds", "not measured"),
-    ("full:m_probe:command", "python x.py")])  # fmt: skip
+@pytest.mark.parametrize(
+    "mark, text",
+    [
+        ("laptop:m_probe", "55.00 ± 7.07 %"),
+        ("full:m_probe", "80.00 %"),
+        ("report:m_probe", "38.51 %"),
+        ("full:finetune", "not measured"),
+        ("laptop:m_probe:seconds", "1.0 min"),
+        ("laptop:m_probe:training.angle", "25.00 %"),
+        ("laptop:cka_after", "0.5000"),
+        ("laptop:cka_after:blocks.1", "0.2000"),
+        ("laptop::seed", "0, 1"),
+        ("full::seconds", "10 min"),
+        ("laptop::seconds", "not measured"),
+        ("full:m_probe:command", "python x.py"),
+    ],
+)
 def test_a_mark_gets_the_number_it_asks_for(mark, text):
     assert publish.filled(f"a <!--={mark}-->old\n<!--/--> b", RESULTS) == f"a <!--={mark}-->{text}<!--/--> b"
 
@@ -97,12 +140,23 @@ def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
         (tmp_path / "runs" / name / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))
         (tmp_path / "runs" / name / "figures" / "cka.png").write_text(name)
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "report.md").write_text("<!--=full:m_probe--><!--/--> <!--=full:finetune--><!--/-->")
+    (tmp_path / "results" / "report.md").write_text(
+        "<!--=full:m_probe--><!--/--> <!--=full:finetune--><!--/-->"
+    )
     (tmp_path / "README.md").write_text("no mark")
     runs = [tmp_path / "runs" / name for name in sorted(RESULTS)]
     text = call("results/publish.py", "--out", tmp_path / "results", "--runs", *runs)
-    assert "not measured: full:finetune" in text and "80.00 %" in (tmp_path / "results" / "report.md").read_text()
-    assert (tmp_path / "results" / "figures" / "cka.png").read_text() == "cifar10-full" and (tmp_path / "README.md").read_text() == "no mark"
+    assert (
+        "not measured: full:finetune" in text
+        and "80.00 %" in (tmp_path / "results" / "report.md").read_text()
+    )
+    assert (tmp_path / "results" / "figures" / "cka.png").read_text() == "cifar10-full" and (
+        tmp_path / "README.md"
+    ).read_text() == "no mark"
     assert json.loads((tmp_path / "results" / "results.json").read_text()).keys() == RESULTS.keys()
-    (tmp_path / "runs" / "cifar10-full" / "results.json").write_text(json.dumps({"dataset": "synthetic", "rows": {}}))
-    assert "not to be published" in call("results/publish.py", "--out", tmp_path / "results", "--runs", *runs, code=1)
+    (tmp_path / "runs" / "cifar10-full" / "results.json").write_text(
+        json.dumps({"dataset": "synthetic", "rows": {}})
+    )
+    assert "not to be published" in call(
+        "results/publish.py", "--out", tmp_path / "results", "--runs", *runs, code=1
+    )

@@ -13,7 +13,9 @@ from conftest import ROOT
 
 
 def bash(*words, code, folder=ROOT, **more):
-    done = subprocess.run(["bash", str(folder / "run_all.sh"), *words], capture_output=True, text=True, **more)
+    done = subprocess.run(
+        ["bash", str(folder / "run_all.sh"), *words], capture_output=True, text=True, **more
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -35,24 +37,92 @@ def test_a_half_made_environment_is_made_again(tmp_path):
     bare.write_text("#!/bin/sh\nexit 1")
     system = tmp_path / "bin/python3"
     system.parent.mkdir()
-    system.write_text('#!/bin/sh\ncase "$*" in *colab*) exit 1 ;; "-m venv .venv") touch asked; exit 1 ;; esac')
+    system.write_text(
+        '#!/bin/sh\ncase "$*" in *colab*) exit 1 ;; "-m venv .venv") touch asked; exit 1 ;; esac'
+    )
     bare.chmod(0o755)
     system.chmod(0o755)
-    env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")} | {"PATH": f"{system.parent}:/usr/bin:/bin"}
+    env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")} | {
+        "PATH": f"{system.parent}:/usr/bin:/bin"
+    }
     assert "python3 -m venv does not work here" in bash("quick", code=2, folder=tmp_path, env=env)
     assert (tmp_path / "asked").exists()
 
 
-@pytest.mark.parametrize("construct", ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"])
+@pytest.mark.parametrize(
+    "construct",
+    ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"],
+)
+def fake(path, script):
+    """An executable of that content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/bash\n" + script)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with run_all.sh, and an environment in which no virtual environment is active."""
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return tmp_path, env | {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+
+
+OLD = 'case "$*" in *version_info*) exit 1 ;; *google.colab*) exit 1 ;; --version) echo Python 3.9.1 ;; esac'
+
+
+def test_a_good_venv_is_used_though_python3_is_too_old(bare):
+    folder, env = bare
+    fake(folder / "bin/python3", OLD)
+    fake(folder / ".venv/bin/python", 'case "$*" in *pytest*) echo the tests run ;; esac')
+    assert "the tests run" in bash("test", code=0, folder=folder, env=env)
+
+
+def test_python3_that_is_too_old_can_be_replaced_by_name(bare):
+    folder, env = bare
+    fake(folder / "bin/python3", OLD)
+    text = bash("test", code=2, folder=folder, env=env)
+    assert "Python 3.10 or newer is needed; python3 is Python 3.9.1" in text and "PYTHON=" in text
+    fake(
+        folder / "bin/python3.12",
+        'case "$*" in *google.colab*) exit 1 ;; "-m venv .venv") echo made; exit 1 ;; esac',
+    )
+    assert "made" in bash("test", code=2, folder=folder, env=env | {"PYTHON": "python3.12"})
+
+
+def test_colab_is_installed_into_as_it_can_make_no_venv(bare):
+    folder, env = bare
+    fake(folder / "bin/python3", 'case "$*" in *--dry-run*) exit 1 ;; *install*) echo installed; esac')
+    fake(folder / "bin/python", "echo the tests run")
+    text = bash("test", code=0, folder=folder, env=env)
+    assert "into this notebook's environment" in text and "installed" in text and "the tests run" in text
+
+
+def test_shell_scripts_keep_their_line_ends_on_windows():
+    assert "*.sh text eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
+    assert b"\r" not in (ROOT / "run_all.sh").read_bytes()
+
+
 def test_nothing_that_macos_bash_3_lacks(construct):
     assert construct not in (ROOT / "run_all.sh").read_text()
 
 
 def test_without_network_it_turns_to_synthetic_images_loudly_and_a_second_run_is_refused(tmp_path):
-    """From another directory, in a folder with spaces in its name, with an active environment, behind a dead proxy."""
+    """From another directory, in a folder with spaces in its name, with an active environment, behind a
+    dead proxy."""
     folder = tmp_path / "my course work"
     folder.mkdir()
-    for name in ("run_all.sh", "requirements.txt", "vit.py", "data.py", "ssl.py", "video.py", "multimodal.py", "analysis.py"):
+    for name in (
+        "run_all.sh",
+        "requirements.txt",
+        "vit.py",
+        "data.py",
+        "ssl.py",
+        "video.py",
+        "multimodal.py",
+        "analysis.py",
+    ):
         shutil.copy(ROOT / name, folder)
     (folder / "runs/synthetic-quick").mkdir(parents=True)
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -62,5 +132,7 @@ def test_without_network_it_turns_to_synthetic_images_loudly_and_a_second_run_is
         start = time.monotonic()
         text = bash("quick", code=2, folder=folder, cwd="/", env=env)
     assert time.monotonic() - start < 15  # nobody waits for a network that is not there
-    assert "can't download" in text and "THIS RUN USES SYNTHETIC SHAPES" in text and "another run_all.sh" in text
+    assert (
+        "can't download" in text and "THIS RUN USES SYNTHETIC SHAPES" in text and "another run_all.sh" in text
+    )
     assert not (folder / ".venv").exists() and sorted(p.name for p in (folder / "data").iterdir()) == []

@@ -12,7 +12,7 @@ from conftest import ROOT, call, run
 import data
 import vit
 
-# -------------------------------------------------------------------------------------------------- the ssl.py trap
+# ------------------------------------------------------------------------------------------------------------
 
 TLS = "import torch, ssl, urllib.request; ssl.create_default_context(); print(ssl.__file__)"
 
@@ -48,11 +48,25 @@ def test_files_work_when_copied_alone_with_those_they_name(tmp_path):
     run("data.py", "--sheet", "sheet.png", cwd=folder)
     for name in ("vit.py", "ssl.py"):
         shutil.copy(ROOT / name, folder)
-    run("ssl.py", "pretrain", "--task", "infonce", "--data", "synthetic", "--limit", 64, "--batch", 32, "--epochs", 1, cwd=folder)
+    run(
+        "ssl.py",
+        "pretrain",
+        "--task",
+        "infonce",
+        "--data",
+        "synthetic",
+        "--limit",
+        64,
+        "--batch",
+        32,
+        "--epochs",
+        1,
+        cwd=folder,
+    )
     assert (folder / "runs/mine/infonce.pt").exists()
 
 
-# -------------------------------------------------------------------------------------------------- the losses
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_info_nce_equals_its_definition_in_numpy(stage1):
@@ -67,7 +81,9 @@ def test_info_nce_equals_its_definition_in_numpy(stage1):
         scores = {k: np.exp(unit[i] @ unit[k] / 0.3) for k in others}
         terms.append(-np.log(scores[partner] / sum(scores.values())))
         hits.append(max(scores, key=scores.get) == partner)
-    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5) and match.item() == pytest.approx(np.mean(hits))
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5) and match.item() == pytest.approx(
+        np.mean(hits)
+    )
 
 
 def test_what_is_painted_is_compared_with_the_image_as_it_was_before_masking(stage1):
@@ -83,8 +99,8 @@ def test_what_is_painted_is_compared_with_the_image_as_it_was_before_masking(sta
 
 
 def test_losses_and_augmentation_stay_on_the_device_and_never_wait_for_it(stage1):
-    """On torch's meta device a tensor has no values: reading one (a synchronisation on a GPU), or mixing in a tensor
-    that stayed on the CPU, raises."""
+    """On torch's meta device a tensor has no values: reading one (a synchronisation on a GPU), or mixing
+    in a tensor that stayed on the CPU, raises."""
     model = vit.ModelM(vit.ViT(dim=32, depth=2), projector=True).to("meta")
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
     labels = torch.empty(8, dtype=torch.long, device="meta")
@@ -101,7 +117,7 @@ def test_losses_and_augmentation_stay_on_the_device_and_never_wait_for_it(stage1
     assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
 
 
-# -------------------------------------------------------------------------------------------------- the training loops
+# ------------------------------------------------------------------------------------------------------------
 
 TINY = ["--data", "synthetic", "--limit", 256, "--device", "cpu", "--precision", "float32", "--split", "test"]
 FAST = ["--epochs", 1, "--batch", 64]
@@ -114,27 +130,63 @@ def test_every_stage_lowers_its_loss(task, tmp_path):
         "infonce": [*PRETRAIN, "--task", "infonce"],
         "m": [*PRETRAIN, "--task", "m"],
         "m joint": [*PRETRAIN, "--task", "m", "--contrast", 1, "--name", "m joint"],
-        "finetune": ["ssl.py", "finetune", "--dim", 32, "--batch", 64, "--name", "finetune", "--cutmix", 0, *TINY],
+        "finetune": [
+            "ssl.py",
+            "finetune",
+            "--dim",
+            32,
+            "--batch",
+            64,
+            "--name",
+            "finetune",
+            "--cutmix",
+            0,
+            *TINY,
+        ],
     }[task]
     call(*command, "--epochs", 20, "--lr", 2e-3, "--out", tmp_path)
     losses = vit.read_checkpoint(tmp_path / f"{task}.pt")["history"]["loss"]
     assert losses[-1] < 0.97 * losses[0]
 
 
-@pytest.mark.parametrize("pretext, gap, measures, idle", [
-    ("masking", 0, {"loss", "mse"}, "rotation_head"), ("rotation", 1, {"loss", "angle"}, "reconstruction_head"),
-    ("image-rotation", 1, {"loss", "angle"}, "reconstruction_head")])  # fmt: skip
+@pytest.mark.parametrize(
+    "pretext, gap, measures, idle",
+    [
+        ("masking", 0, {"loss", "mse"}, "rotation_head"),
+        ("rotation", 1, {"loss", "angle"}, "reconstruction_head"),
+        ("image-rotation", 1, {"loss", "angle"}, "reconstruction_head"),
+    ],
+)
 def test_half_of_model_m_trains_half_of_its_heads(tmp_path, pretext, gap, measures, idle):
     """The other half stays, to the last bit, as it was drawn."""
-    call(*PRETRAIN, "--task", "m", "--pretext", pretext, "--gap", gap, "--epochs", 2, "--keep-epochs", "--out", tmp_path)
+    call(
+        *PRETRAIN,
+        "--task",
+        "m",
+        "--pretext",
+        pretext,
+        "--gap",
+        gap,
+        "--epochs",
+        2,
+        "--keep-epochs",
+        "--out",
+        tmp_path,
+    )
     first, last = (vit.read_checkpoint(tmp_path / f"{name}.pt") for name in ("m-epoch1", "m"))
     assert last["history"].keys() == measures
-    changed = {key.split(".")[0] for key, value in last["model"].items() if not torch.equal(value, first["model"][key])}
+    changed = {
+        key.split(".")[0]
+        for key, value in last["model"].items()
+        if not torch.equal(value, first["model"][key])
+    }
     assert changed == {"encoder", "rotation_head", "reconstruction_head"} - {idle}
 
 
 def test_a_quarter_of_the_patches_is_masked_and_another_turned_whatever_their_size(tmp_path):
-    assert "of 16 patches 4 are blacked out, 4 others turned" in call(*PRETRAIN, "--task", "m", *FAST, "--out", tmp_path)
+    assert "of 16 patches 4 are blacked out, 4 others turned" in call(
+        *PRETRAIN, "--task", "m", *FAST, "--out", tmp_path
+    )
     text = call(*PRETRAIN, "--task", "m", "--patch", 4, *FAST, "--out", tmp_path / "small")
     assert "of 64 patches 16 are blacked out, 16 others turned" in text
 
@@ -143,7 +195,9 @@ def test_whole_images_are_turned_by_the_angle_that_is_asked_for(tmp_path, monkey
     seen, turned = [], []
     monkeypatch.setattr(data, "crop_flip", lambda images, generator: images.float() / 255)
     forward, turn = vit.ModelM.forward, data.turn
-    monkeypatch.setattr(vit.ModelM, "forward", lambda model, x, masked: (seen.append(x), forward(model, x, masked))[1])
+    monkeypatch.setattr(
+        vit.ModelM, "forward", lambda model, x, masked: (seen.append(x), forward(model, x, masked))[1]
+    )
     monkeypatch.setattr(data, "turn", lambda x, angle: (turned.append((x, angle)), turn(x, angle))[1])
     call(*PRETRAIN, "--task", "m", "--pretext", "image-rotation", *FAST, "--out", tmp_path)
     images, angles = turned[-1]
@@ -172,30 +226,56 @@ def test_features_are_cls_and_the_mean_of_the_patch_tokens(stage1):
     torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
 
 
-# -------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------------------------
+
 
 def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path):
     out = ["--out", tmp_path, *TINY]
     call("ssl.py", "pretrain", "--task", "infonce", "--dim", 32, *FAST, *out)
     call("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", *FAST, *out)
-    call("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", "--contrast", 1, "--name", "m_joint", *FAST, *out)
+    call(
+        "ssl.py",
+        "pretrain",
+        "--task",
+        "m",
+        "--init",
+        tmp_path / "infonce.pt",
+        "--contrast",
+        1,
+        "--name",
+        "m_joint",
+        *FAST,
+        *out,
+    )
     call("ssl.py", "probe", "--checkpoint", "pixels", "untrained", tmp_path / "m.pt", *out)
     call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *FAST, *out)
     pair = ["--before", tmp_path / "m.pt", "--after", tmp_path / "finetune.pt"]
     call("analysis.py", "maps", "cka", *pair, *out)
     drawn = call("analysis.py", "figures", *out)
-    assert drawn.count("drew") == 7 and drawn.count("not drawn") == 5, drawn  # those of video.py and multimodal.py
+    # those of video.py and multimodal.py
+    assert drawn.count("drew") == 7 and drawn.count("not drawn") == 5, drawn
     text = call("analysis.py", "report", *out)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {"pixels_probe", "untrained_probe", "m_probe", "finetune", "cka_before", "cka_after", "maps_after", "m_best_probe"} <= results["rows"].keys()
+    assert {
+        "pixels_probe",
+        "untrained_probe",
+        "m_probe",
+        "finetune",
+        "cka_before",
+        "cka_after",
+        "maps_after",
+        "m_best_probe",
+    } <= results["rows"].keys()
     assert results["dataset"] == "synthetic" and "SYNTHETIC" in results["provenance"] and "SYNTHETIC" in text
     for row in results["rows"].values():
         assert 0 <= row["value"] <= 1 and row["command"].startswith("python ")
-    assert results["rows"]["cka_before"]["blocks"][0] is None  # CLS enters the first block the same for every image
+    # CLS enters the first block the same for every image
+    assert results["rows"]["cka_before"]["blocks"][0] is None
     report = (tmp_path / "report.md").read_text()
     assert f"{100 * results['rows']['m_probe']['value']:.2f} %" in report and "SYNTHETIC" in report
     alone = {name: results["rows"][name]["value"] for name in ("untrained_probe", "m_probe")}
-    call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", *out)  # alone, and in another place of the list: the same
+    # alone, and in another place of the list: the same
+    call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", *out)
     call("ssl.py", "probe", "--checkpoint", "untrained", "pixels", *out)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert alone == {name: rows[name]["value"] for name in alone}
@@ -209,16 +289,48 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["pixels_probe_validation"]
 
 
-@pytest.mark.parametrize("command, code, message", [
-    (["ssl.py"], 2, "required"),
-    (["ssl.py", "pretrain", "--task", "moco"], 2, "invalid choice"),
-    (["ssl.py", "probe", "--checkpoint", "nowhere.pt"], 1, "there is no checkpoint nowhere.pt"),
-    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10], 1, "choose a smaller one"),
-    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5], 1, "5-pixel patches"),
-    (["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 200, "--patch", 4, "--gap", 2], 1, "leaves nothing"),
-    (["ssl.py", "finetune", "--labels", "0.01", "--data", "synthetic", "--limit", 100], 1, "leaves 1; at least 10"),
-    (["analysis.py", "report"], 1, "no rows of the validation split yet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, code, message",
+    [
+        (["ssl.py"], 2, "required"),
+        (["ssl.py", "pretrain", "--task", "moco"], 2, "invalid choice"),
+        (["ssl.py", "probe", "--checkpoint", "nowhere.pt"], 1, "there is no checkpoint nowhere.pt"),
+        (
+            ["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10],
+            1,
+            "choose a smaller one",
+        ),
+        (
+            ["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5],
+            1,
+            "5-pixel patches",
+        ),
+        (
+            [
+                "ssl.py",
+                "pretrain",
+                "--task",
+                "m",
+                "--data",
+                "synthetic",
+                "--limit",
+                200,
+                "--patch",
+                4,
+                "--gap",
+                2,
+            ],
+            1,
+            "leaves nothing",
+        ),
+        (
+            ["ssl.py", "finetune", "--labels", "0.01", "--data", "synthetic", "--limit", 100],
+            1,
+            "leaves 1; at least 10",
+        ),
+        (["analysis.py", "report"], 1, "no rows of the validation split yet"),
+    ],
+)
 def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
     assert message in call(*command, *([] if code == 2 else ["--out", tmp_path]), code=code)
 
@@ -229,17 +341,23 @@ def test_results_on_validation_are_reported_too_and_never_mixed_with_another_dat
     assert "validation split" in (tmp_path / "report.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))
-    assert "choose another --out" in call("ssl.py", "probe", "--checkpoint", "untrained", "--out", tmp_path, *TINY[:-2], code=1)
+    assert "choose another --out" in call(
+        "ssl.py", "probe", "--checkpoint", "untrained", "--out", tmp_path, *TINY[:-2], code=1
+    )
 
 
 def test_a_width_left_to_its_default_and_the_same_width_typed_are_the_same_run(tmp_path):
     call("ssl.py", "pretrain", "--task", "m", "--out", tmp_path, *TINY, *FAST)
-    assert "finished before" in call("ssl.py", "pretrain", "--task", "m", "--dim", 128, "--out", tmp_path, *TINY, *FAST)
+    assert "finished before" in call(
+        "ssl.py", "pretrain", "--task", "m", "--dim", 128, "--out", tmp_path, *TINY, *FAST
+    )
 
 
 def test_a_checkpoint_without_a_stem_can_not_be_given_one(tmp_path):
     call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--out", tmp_path, *TINY, *FAST)
-    assert "has --stem False, not True" in call("ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1)
+    assert "has --stem False, not True" in call(
+        "ssl.py", "probe", "--checkpoint", tmp_path / "m.pt", "--stem", "--out", tmp_path, *TINY, code=1
+    )
 
 
 def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_path):
@@ -252,7 +370,9 @@ def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_pat
 
 def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "can't work in the folder" in call("analysis.py", "report", "--out", tmp_path / "file" / "out", code=1)
+    assert "can't work in the folder" in call(
+        "analysis.py", "report", "--out", tmp_path / "file" / "out", code=1
+    )
 
 
 def test_interrupting_says_how_to_go_on(tmp_path, monkeypatch):

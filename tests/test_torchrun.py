@@ -1,6 +1,7 @@
 """Two processes under torchrun (gloo, on the CPU) do what one process does with the same global batch.
 
-This file is also the program that they run, in one go, as starting Python takes seconds: test_torchrun.py OUT [dying|resumed]
+This file is also the program that they run, in one go, as starting Python takes seconds: test_torchrun.py OUT
+[dying|resumed]
 """
 
 import importlib.util
@@ -15,15 +16,22 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMON = "--out OUT --data synthetic --limit 161 --dim 32 --device cpu --precision float32 --split test"  # 161: odd
+# 161: odd
+COMMON = "--out OUT --data synthetic --limit 161 --dim 32 --device cpu --precision float32 --split test"
 M = f"ssl.py pretrain --task m --batch 16 {COMMON} --epochs"
-STAGES = [f"{M} 1", f"{M} 1 --pretext masking --name masking", f"{M} 1 --contrast 1 --name m_joint",
-          f"ssl.py pretrain --task infonce --epochs 1 --batch 16 {COMMON}",
-          f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
-          f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}",
-          f"multimodal.py tiny --checkpoint OUT/m.pt --enlarge 32 --epochs 1 --batch 16 {COMMON}",
-          f"multimodal.py fuse --captions OUT/words.jsonl --text tokens --blocks 1 --cutmix 0.5 --epochs 1 --batch 16 {COMMON}",
-          f"multimodal.py fuse --captions OUT/words.jsonl --control image_only --blocks 1 --epochs 1 --batch 16 {COMMON}"]  # fmt: skip
+STAGES = [
+    f"{M} 1",
+    f"{M} 1 --pretext masking --name masking",
+    f"{M} 1 --contrast 1 --name m_joint",
+    f"ssl.py pretrain --task infonce --epochs 1 --batch 16 {COMMON}",
+    f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
+    f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}",
+    f"multimodal.py tiny --checkpoint OUT/m.pt --enlarge 32 --epochs 1 --batch 16 {COMMON}",
+    "multimodal.py fuse --captions OUT/words.jsonl --text tokens --blocks 1 --cutmix 0.5 --epochs 1 --batch "
+    f"16 {COMMON}",
+    "multimodal.py fuse --captions OUT/words.jsonl --control image_only --blocks 1 --epochs 1 --batch 16 "
+    f"{COMMON}",
+]
 
 
 def program(out: str, what: str = "") -> None:
@@ -51,8 +59,18 @@ def program(out: str, what: str = "") -> None:
 
 
 def start(processes: int, *words, code: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, __file__, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -67,32 +85,65 @@ def folders(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     captions = [["a cat", "a dog on grass", "red"][i % 3] for i in range(161)]
     lines = [{"captioner": "hand", "model": "a test", "dataset": "synthetic"}]
-    lines += [{"split": split, "index": i, "caption": c} for split in ("train", "validation", "test") for i, c in enumerate(captions)]
+    lines += [
+        {"split": split, "index": i, "caption": c}
+        for split in ("train", "validation", "test")
+        for i, c in enumerate(captions)
+    ]
     states = torch.randn(13, 24).half()
     for folder in (one, two):
         (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        vit.write_arrays(folder / "words.npz", used="a test", captions=captions[:3], words=captions[:3], length=[4, 6, 3], states=states)
+        vit.write_arrays(
+            folder / "words.npz",
+            used="a test",
+            captions=captions[:3],
+            words=captions[:3],
+            length=[4, 6, 3],
+            states=states,
+        )
     start(1, one)
     return one, two, start(2, two)
 
 
 def same_weights(a, b):
-    """Up to rounding; but without the biases of keys. Such a bias adds the same to all scores of a query, softmax ignores
-    that, and so its gradient is nothing but rounding errors, of which Adam, dividing by their size, makes whole steps."""
+    """Up to rounding; but without the biases of keys. Such a bias adds the same to all scores of a query,
+    softmax ignores that, and so its gradient is nothing but rounding errors, of which Adam, dividing by
+    their size, makes whole steps."""
     import torch
 
     assert a.keys() == b.keys()
     for name, value in a.items():
         keys = torch.zeros(len(value) if value.ndim else 1, dtype=torch.bool)
-        kinds = {"qkv.bias": (1, 3), "in_proj_bias": (1, 3), "kv.bias": (0, 2), "key.bias": (0, 1)}  # keys: which of how many parts
+        # keys: which of how many parts
+        kinds = {
+            "qkv.bias": (1, 3),
+            "in_proj_bias": (1, 3),
+            "kv.bias": (0, 2),
+            "key.bias": (0, 1),
+        }
         for part, of in [where for kind, where in kinds.items() if name.endswith(kind)][:1]:
             keys.chunk(of)[part].fill_(True)
         found, expected = (x.reshape(len(keys), -1)[~keys] for x in (value, b[name]))
-        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("name", ["infonce", "m", "masking", "m_joint", "finetune", "video_encoder_1", "tiny_blip_0", "tiny_clip",
-                                  "fusion_hand_1_tokens", "fusion_hand_1_image_only"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "infonce",
+        "m",
+        "masking",
+        "m_joint",
+        "finetune",
+        "video_encoder_1",
+        "tiny_blip_0",
+        "tiny_clip",
+        "fusion_hand_1_tokens",
+        "fusion_hand_1_image_only",
+    ],
+)
 def test_after_ten_steps_the_weights_are_those_of_one_process(folders, name):
     import vit
 
@@ -122,7 +173,9 @@ def test_a_killed_process_ends_the_run_which_then_goes_on_with_another_number_of
     assert vit.read_checkpoint(tmp_path / "m.pt")["epoch"] == 1
     assert "going on after epoch 1 of 3" in start(1, tmp_path, "resumed")
     start(1, tmp_path / "whole", "resumed")
-    same_weights(*(vit.read_checkpoint(folder / "m.pt")["model"] for folder in (tmp_path, tmp_path / "whole")))
+    same_weights(
+        *(vit.read_checkpoint(folder / "m.pt")["model"] for folder in (tmp_path, tmp_path / "whole"))
+    )
 
 
 def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
@@ -132,7 +185,9 @@ def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
 
     monkeypatch.setattr(vit, "PROCESSES", 3)
     assert len(vit.share(torch.zeros(9))) == 3
-    with pytest.raises(SystemExit, match="8 can't be shared out evenly among 3 processes: --batch or --clips"):
+    with pytest.raises(
+        SystemExit, match="8 can't be shared out evenly among 3 processes: --batch or --clips"
+    ):
         vit.share(torch.zeros(2, 8), dim=1)
 
 

@@ -1,4 +1,5 @@
-"""Stage 2: both factorisations against independent versions, the clips, the way static videos are judged, the command."""
+"""Stage 2: both factorisations against independent versions, the clips, the way static videos are judged,
+the command."""
 
 import json
 
@@ -44,14 +45,20 @@ def pretrained(tmp_path_factory):
     return out / "m.pt"
 
 
-# -------------------------------------------------------------------------------------------------- against torch's own
+# ------------------------------------------------------------------------------------------------------------
 
 
 def torch_attention(ours, x):
     """nn.MultiheadAttention with our weights: [B, T, D] -> [B, T, D]."""
     theirs = nn.MultiheadAttention(x.shape[-1], ours.heads, batch_first=True).eval()
-    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
-                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})  # fmt: skip
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.proj.weight,
+            "out_proj.bias": ours.proj.bias,
+        }
+    )
     return theirs(x, x, x)[0]
 
 
@@ -64,24 +71,39 @@ def test_divided_attention_equals_multihead_attention_over_patches_then_over_fra
         for c in range(len(x)):
             h = model.encoder.embed(x[c])  # [F, T, D]
             for i, block in enumerate(model.encoder.blocks):
-                h = torch.stack([h[f] + torch_attention(block.attn, block.norm1(h[f])[None])[0] for f in range(F)])
+                h = torch.stack(
+                    [h[f] + torch_attention(block.attn, block.norm1(h[f])[None])[0] for f in range(F)]
+                )
                 if i >= 3 - blocks:
                     t = model.temporal[i - (3 - blocks)]
-                    places = [torch_attention(t.attn, t.norm(h[:, p] + t.positions)[None])[0] for p in range(h.shape[1])]  # [F, D] each
+                    # [F, D] each
+                    places = [
+                        torch_attention(t.attn, t.norm(h[:, p] + t.positions)[None])[0]
+                        for p in range(h.shape[1])
+                    ]
                     h = h + torch.stack(places, dim=1)  # the gates are one
                 h = h + block.mlp(block.norm2(h))
             cls = model.encoder.norm(h)[:, 0]  # [F, D]
             torch.testing.assert_close(found[c], model.head(cls.mean(dim=0)), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(each[c], model.frame_head(model.encoder(x[c])[:, 0]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                each[c], model.frame_head(model.encoder(x[c])[:, 0]), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
     model, x = small("encoder", blocks), clips()
-    layer = nn.TransformerEncoderLayer(32, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(
+        32, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True
+    )
     theirs = nn.TransformerEncoder(layer, blocks, norm=nn.LayerNorm(32), enable_nested_tensor=False).eval()
-    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.0.", "linear2.": "mlp.2.",
-             "layers.": "blocks."}  # fmt: skip
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.0.",
+        "linear2.": "mlp.2.",
+        "layers.": "blocks.",
+    }
     state = model.state_dict()
     for key in theirs.state_dict():
         ours = key
@@ -91,10 +113,12 @@ def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
     with torch.no_grad():
         cls = torch.stack([model.encoder(clip)[:, 0] for clip in x]) + model.positions  # [C, F, D]
         x_in = torch.cat([model.cls.expand(len(x), -1, -1), cls], dim=1)
-        torch.testing.assert_close(model(x, in_order(x))[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(x, in_order(x))[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5
+        )
 
 
-# -------------------------------------------------------------------------------------------------- where they start
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -110,7 +134,9 @@ def test_divided_attention_starts_as_model_m_on_each_frame(blocks):
         assert all(torch.equal(a, b) for a, b in zip(temporal.attn.parameters(), block.attn.parameters()))
     logits, _ = model(x, in_order(x))
     logits.square().sum().backward()
-    assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), "a gate that gets no gradient would stay shut"
+    assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), (
+        "a gate that gets no gradient would stay shut"
+    )
 
 
 def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
@@ -120,14 +146,16 @@ def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
     assert all(torch.equal(a, b) and a is not b for a, b in zip(ours, theirs, strict=True))
 
 
-# -------------------------------------------------------------------------------------------------- what may mix, what not
+# ------------------------------------------------------------------------------------------------------------
 
 
 @both
 def test_a_batch_of_clips_gives_what_the_clips_give_one_by_one(kind):
     model, x = small(kind, 2), clips()
     with torch.no_grad():
-        for together, alone in zip(model(x, in_order(x)), zip(*(model(clip[None], in_order(x)[:1]) for clip in x))):
+        for together, alone in zip(
+            model(x, in_order(x)), zip(*(model(clip[None], in_order(x)[:1]) for clip in x))
+        ):
             torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -177,7 +205,9 @@ def test_an_image_shown_in_several_frames_is_what_copies_of_it_are(kind, images)
     shown = (torch.arange(F) % images).expand(3, -1)
     with torch.no_grad():
         copies = x[:, shown[0]]
-        torch.testing.assert_close(model(x, shown)[0], model(copies, in_order(copies))[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(x, shown)[0], model(copies, in_order(copies))[0], rtol=1e-4, atol=1e-5
+        )
 
 
 @both
@@ -211,15 +241,20 @@ def test_steps_that_are_not_balanced_use_every_whole_clip_in_random_order():
 
 def test_random_repeats_show_1_to_f_images_as_evenly_as_they_go():
     shown = video.random_repeats(2000, F, torch.device("cpu"), torch.Generator().manual_seed(0))
-    counts = torch.stack([row.bincount(minlength=F) for row in shown])  # [clips, F], how often each image is shown
+    # [clips, F], how often each image is shown
+    counts = torch.stack([row.bincount(minlength=F) for row in shown])
     different = (counts > 0).sum(dim=1)
     for n in range(1, F + 1):
         some = counts[different == n]
-        assert 400 < len(some) < 600 and (some[:, n:] == 0).all() and (some[:, :n].amax(1) - some[:, :n].amin(1) <= 1).all()
+        assert (
+            400 < len(some) < 600
+            and (some[:, n:] == 0).all()
+            and (some[:, :n].amax(1) - some[:, :n].amin(1) <= 1).all()
+        )
     assert (shown[:, 0] > 0).any(), "frames come in random order"
 
 
-# -------------------------------------------------------------------------------------------------- the step, the command
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_augmentation_and_loss_stay_on_the_device_and_never_wait_for_it():
@@ -251,7 +286,8 @@ def test_the_loss_is_that_of_the_clip_plus_the_weighted_loss_of_its_images_each_
 
 
 def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip(tmp_path, pretrained, monkeypatch):
-    """As the network sees it in training: a clip's frames, all of one colour, hold the same foreign pixels."""
+    """As the network sees it in training: a clip's frames, all of one colour, hold the same foreign
+    pixels."""
     seen, forward = [], video.FactorisedEncoder.forward
 
     def look(model, images, shown, trace=None):
@@ -263,7 +299,19 @@ def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip(tmp_p
     images, labels = data.synthetic(400)
     plain = (25 * labels).to(torch.uint8)[:, None, None, None].expand_as(images)  # a colour per class
     monkeypatch.setattr(data, "load", lambda *_: (plain, labels))
-    call("video.py", "--checkpoint", pretrained, "--cutmix", 1, "--no-repeats", "--epochs", 1, "--out", tmp_path, *TINY)
+    call(
+        "video.py",
+        "--checkpoint",
+        pretrained,
+        "--cutmix",
+        1,
+        "--no-repeats",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path,
+        *TINY,
+    )
     mixed = 0
     for clip in torch.cat(seen):  # [F, 3, 32, 32]
         colours = clip.unique()
@@ -284,7 +332,9 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     command = ["video.py", "--checkpoint", pretrained, "--epochs", 1, "--out", tmp_path, *TINY]
     for model, blocks in (("encoder", 1), ("encoder", 2), ("divided", 1)):
         call(*command, "--model", model, "--blocks", blocks)
-    call(*command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1")
+    call(
+        *command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1"
+    )
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"video_encoder_1", "video_encoder_2", "video_divided_1", "video_report_1"} == rows.keys()
     for row in rows.values():
@@ -299,8 +349,21 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
-    """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by a new process."""
-    command = ["video.py", "--checkpoint", pretrained, "--frames", 4, "--no-positions", "--cutmix", 1, "--epochs", 2, *TINY]
+    """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by
+    a new process."""
+    command = [
+        "video.py",
+        "--checkpoint",
+        pretrained,
+        "--frames",
+        4,
+        "--no-positions",
+        "--cutmix",
+        1,
+        "--epochs",
+        2,
+        *TINY,
+    ]
     call(*command, "--out", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -312,7 +375,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
         call(*command, "--out", tmp_path / "parts", code=130)
     assert "going on after epoch 1" in call(*command, "--out", tmp_path / "parts")
     whole, parts = (vit.read_checkpoint(tmp_path / p / "video_encoder_1.pt") for p in ("whole", "parts"))
-    assert whole["history"] == parts["history"] and all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    assert whole["history"] == parts["history"] and all(
+        torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"]
+    )
     assert "measured before" in call(*command, "--out", tmp_path / "parts")
     images, labels = data.load("synthetic", "train", limit=400)
     sampler = data.SameClassBatchSampler(labels, 4)
@@ -321,13 +386,16 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
     assert not torch.equal(first, video.clip_steps(sampler, labels.tolist(), 10, True))
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--limit", 100], "fewer than one same-class batch of 16"),
-    (["--dim", 64], "has --dim 32, not 64"),
-    (["--patch", 4], "has --patch 8, not 4"),
-    (["--blocks", 7], "has only 6 blocks"),
-    (["--clips", 100], "fewer than one batch"),
-    (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--limit", 100], "fewer than one same-class batch of 16"),
+        (["--dim", 64], "has --dim 32, not 64"),
+        (["--patch", 4], "has --patch 8, not 4"),
+        (["--blocks", 7], "has only 6 blocks"),
+        (["--clips", 100], "fewer than one batch"),
+        (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+    ],
+)
 def test_mistakes_get_one_clear_sentence(tmp_path, pretrained, more, message):
     assert message in call("video.py", "--checkpoint", pretrained, "--out", tmp_path, *TINY, *more, code=1)

@@ -38,23 +38,47 @@ def test_vit_equals_transformers_vit_with_our_weights():
     ours = vit.ViT(image_size=16, patch_size=4, dim=24, depth=3, heads=3).eval()
     for p in ours.parameters():
         nn.init.normal_(p, std=0.3)
-    config = ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=16,
-                       patch_size=4, layer_norm_eps=1e-5)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=16,
+        patch_size=4,
+        layer_norm_eps=1e-5,
+    )
     theirs = ViTModel(config, add_pooling_layer=False).eval()
     state = {"embeddings.cls_token": ours.cls, "embeddings.position_embeddings": ours.positions}
     for side in ("weight", "bias"):
         state[f"embeddings.patch_embeddings.projection.{side}"] = getattr(ours.patch_embedding, side)
         state[f"layernorm.{side}"] = getattr(ours.norm, side)
-    modern = any(name.startswith("layers.") for name in theirs.state_dict())  # transformers 5 renamed its layers
+    # transformers 5 renamed its layers
+    modern = any(name.startswith("layers.") for name in theirs.state_dict())
     for k, block in enumerate(ours.blocks):
         for side in ("weight", "bias"):
             q, key, v = getattr(block.attn.qkv, side).chunk(3)
             parts = [block.norm1, block.attn.proj, block.norm2, block.mlp[0], block.mlp[2]]
             values = [q, key, v] + [getattr(p, side) for p in parts]
-            old = ["attention.attention.query", "attention.attention.key", "attention.attention.value", "layernorm_before",
-                   "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"]  # fmt: skip
-            new = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "layernorm_before", "attention.o_proj",
-                   "layernorm_after", "mlp.fc1", "mlp.fc2"]  # fmt: skip
+            old = [
+                "attention.attention.query",
+                "attention.attention.key",
+                "attention.attention.value",
+                "layernorm_before",
+                "attention.output.dense",
+                "layernorm_after",
+                "intermediate.dense",
+                "output.dense",
+            ]
+            new = [
+                "attention.q_proj",
+                "attention.k_proj",
+                "attention.v_proj",
+                "layernorm_before",
+                "attention.o_proj",
+                "layernorm_after",
+                "mlp.fc1",
+                "mlp.fc2",
+            ]
             prefix = f"layers.{k}." if modern else f"encoder.layer.{k}."
             state |= {f"{prefix}{name}.{side}": value for name, value in zip(new if modern else old, values)}
     theirs.load_state_dict(state)  # strict: every weight of theirs comes from ours
@@ -105,17 +129,25 @@ def test_impossible_shapes_are_refused():
         vit.ViT(image_size=30)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 3, 39, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_size_than_the_encoder_was_made_for_are_refused(shape):
+    with pytest.raises(ValueError, match=r"are not \[B, 3, 32, 32\]"):
+        vit.ViT(dim=16, depth=1)(torch.zeros(shape))
+
+
 def test_schedule_warms_up_then_falls_to_zero():
     rates = [vit.schedule(t, 100, 10) for t in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
-# -------------------------------------------------------------------------------------------------- the plumbing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def arguments(out, **changed):
-    defaults = dict(out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False, keep_epochs=False)
+    defaults = dict(
+        out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False, keep_epochs=False
+    )
     return argparse.Namespace(**defaults | changed)
 
 
@@ -157,7 +189,10 @@ def test_a_loss_that_is_not_finite_names_stage_and_step_and_keeps_the_last_good_
 def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
     train(tiny_run(tmp_path, epochs=1))
     train(tiny_run(tmp_path / "kept", keep_epochs=True))
-    first, second, last = (vit.read_checkpoint(tmp_path / "kept" / f"{name}.pt") for name in ("tiny-epoch1", "tiny-epoch2", "tiny"))
+    first, second, last = (
+        vit.read_checkpoint(tmp_path / "kept" / f"{name}.pt")
+        for name in ("tiny-epoch1", "tiny-epoch2", "tiny")
+    )
     assert (first["epoch"], second["epoch"]) == (1, 2) and len(first["history"]["loss"]) == 1
     assert all(torch.equal(v, last["model"][k]) for k, v in second["model"].items())
     assert not all(torch.equal(v, last["model"][k]) for k, v in first["model"].items())
@@ -172,15 +207,22 @@ def test_other_settings_do_not_resume_silently(tmp_path):
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     def stage(out, code=0, killer=""):
-        body = (f"import sys, os, importlib.util; sys.path.insert(0, {str(ROOT)!r}); import torch, vit\n{killer}\n"
-                f"sys.argv = 'ssl.py pretrain --task m --data synthetic --limit 128 --batch 32 --dim 32 --epochs 3 --device cpu --out {out}'.split()\n"
-                f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), {{'__name__': '__main__'}})")  # fmt: skip
+        body = (
+            f"import sys, os, importlib.util; sys.path.insert(0, {str(ROOT)!r}); import torch, vit\n"
+            f"{killer}\n"
+            "sys.argv = 'ssl.py pretrain --task m --data synthetic --limit 128 --batch 32 --dim 32 --epochs "
+            f"3 --device cpu --out {out}'.split()\n"
+            f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), "
+            f"{{'__name__': '__main__'}})"
+        )
         done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
-    kill_in_second_epoch = ("old = vit.Run.log\ndef log(self, **m):\n    old(self, **m)\n"
-                            "    if (self.epoch, self.batches) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.log = log")  # fmt: skip
+    kill_in_second_epoch = (
+        "old = vit.Run.log\ndef log(self, **m):\n    old(self, **m)\n"
+        "    if (self.epoch, self.batches) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.log = log"
+    )
     stage("whole")
     stage("killed", code=-signal.SIGKILL, killer=kill_in_second_epoch)
     assert vit.read_checkpoint(tmp_path / "killed/m.pt")["epoch"] == 1
@@ -209,7 +251,74 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         assert "another run is working in" in call("analysis.py", "report", "--out", tmp_path, code=1)
 
 
-@pytest.mark.parametrize("content, message", [(None, "no checkpoint"), (b"not a checkpoint", "can't be read"), ("foreign", "not a checkpoint of this project")])
+def test_a_gpu_without_kernels_in_this_torch_is_left_alone(monkeypatch, capsys):
+    """As an old card that CUDA lists: it fails at the first kernel. Asked for by name, it gets one
+    sentence."""
+
+    def zeros(*shape, device="cpu", zeros=torch.zeros):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        return zeros(*shape, device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert vit.Machine("auto", "float32").device.type == "cpu"
+    assert "no kernel image" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="'cuda' can't be used here .*no kernel image.*try --device cpu"):
+        vit.Machine("cuda", "float32")
+
+
+def test_a_disk_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    text = call("analysis.py", "report", "--out", tmp_path, code=1)
+    assert "knows no locks" in text and "no rows" in text
+
+
+def test_a_stage_gives_its_folder_back_when_it_ends(tmp_path):
+    """In a notebook, whose process lives on after %run."""
+    call("analysis.py", "report", "--out", tmp_path, code=1)
+    filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
+
+
+def test_a_broken_results_file_gets_one_sentence(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": {')
+    assert "is no JSON any more" in call("analysis.py", "report", "--out", tmp_path, code=1)
+
+
+def test_a_process_that_is_not_the_first_says_why_it_fails(tmp_path):
+    second = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}
+    assert "no training stage" in run("analysis.py", "report", "--out", tmp_path, code=1, env=second)
+
+
+def test_progress_lines_fit_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(vit.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(vit.sys.stdout, "isatty", lambda: True, raising=False)
+    vit.show("x" * 200)
+    vit.show("done", last=True)
+    assert capsys.readouterr().out == "\r" + "x" * 79 + "\r" + f"{'done':<79}" + "\n"
+
+
+@pytest.mark.parametrize("seconds, text", [(59.6, "1:00"), (0, "0:00"), (3599.7, "60:00"), (83, "1:23")])
+def test_minutes_have_sixty_seconds(seconds, text):
+    assert vit.minutes(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["data.py", "ssl.py", "analysis.py"])
+def test_help_works_without_docstrings(name):
+    run("-OO", name, "--help")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no checkpoint"),
+        (b"not a checkpoint", "can't be read"),
+        ("foreign", "not a checkpoint of this project"),
+    ],
+)
 def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, message):
     path = tmp_path / "c.pt"
     if content == "foreign":
@@ -232,7 +341,8 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 
 
 def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypatch):
-    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no random number."""
+    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no
+    random number."""
     cost, now = {torch.float32: 3.0, torch.bfloat16: 1.0}, [0.0]
 
     def product(a, b, matmul=torch.Tensor.__matmul__):
@@ -269,4 +379,6 @@ def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_t
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
-    assert "can't be used on this machine" in call("ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1)
+    assert "can't be used on this machine" in call(
+        "ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1
+    )
