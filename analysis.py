@@ -263,7 +263,9 @@ class Page:
         self.text(24, 16, title, size=24)
         for k, line in enumerate(caption.split("\n")):
             self.text(24, 48 + 19 * k, line, size=14, ink=GREY)
-        self.text(24, height + 92, footer, size=12, ink=GREY)
+        letters = (width - 48) // 6  # a letter is about 6 pixels wide
+        for k, line in enumerate(textwrap.wrap(footer, letters)[:2]):
+            self.text(24, height + 86 + 15 * k, line, size=12, ink=GREY)
         self.top = 58 + 19 * len(caption.split("\n"))
 
     def text(self, x: float, y: float, text: str, size: int = 13, ink=INK, anchor: str = "la") -> None:

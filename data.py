@@ -132,16 +132,17 @@ class _DiskError(Exception):
 
 def _append(response, path: pathlib.Path, have: int, size: int) -> None:
     """Write what the server sends to the end of `path`, which has `have` bytes, and show how far it is."""
-    mode = "ab" if response.status == 206 else "wb"  # 206: the server starts in the middle, as asked
-    done, start, first = (have if mode == "ab" else 0), time.perf_counter(), have
+    if response.status != 206:  # this server can't start in the middle: it sends everything
+        have = 0
+    done, start = have, time.perf_counter()
     while chunk := response.read(1 << 20):
         try:
-            with open(path, mode) as file:
+            with open(path, "ab" if done else "wb") as file:
                 file.write(chunk)
         except OSError as error:
             raise _DiskError from error
-        mode, done = "ab", done + len(chunk)
-        left = (size - done) * (time.perf_counter() - start) / max(1, done - first)
+        done += len(chunk)
+        left = (size - done) * (time.perf_counter() - start) / (done - have)
         line = f"{done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left"
         print(f"\r{line:<40}", end="\n" if done == size else "", flush=True)
 

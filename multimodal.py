@@ -230,7 +230,7 @@ def write_captions(model, processor, images: torch.Tensor, beams: int, longest: 
 
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
-    """The header of a caption file, its captions by (split, index), and how many of its bytes are whole lines.
+    """The header of a caption file, its captions by (split, index), how many of its bytes are whole lines.
 
     A last line torn by a kill or a full disk doesn't count. SystemExit with one sentence for any other file.
     """
@@ -623,6 +623,9 @@ def train_small_blip(
     """Train one fold's captioner on the images of all other folds; writes the folder out/tiny_blip_FOLD."""
     classes = data.class_names(args.data)
     model, processor = small_blip(encoder, classes, args.enlarge)
+    if args.frozen:  # the first blocks stay as they came: a step is cheaper, and few epochs teach more
+        model.vision_model.embeddings.requires_grad_(False)
+        model.vision_model.encoder.layers[: args.frozen].requires_grad_(False)
     parallel = vit.parallel(model.to(machine.device))
     ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     ids = ids.to(machine.device)  # [n, L + 2]
@@ -906,6 +909,7 @@ def main() -> None:
         help="parts of the images, a small BLIP for each (default: %(default)s)",
     )
     add("--enlarge", type=int, default=48, help="pixels to which images are enlarged (default: %(default)s)")
+    add("--frozen", type=int, help="blocks of the image tower that are not trained (default: none)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common], help="caption every image")

@@ -58,7 +58,7 @@ else
     # a .venv without pip is half made: Debian's Python leaves one where python3-venv is missing
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
       echo "== set-up: making .venv"
-      "$system" -m venv .venv || fail "$system -m venv does not work here; install it (Debian: apt install python3-venv)"
+      "$system" -m venv .venv || fail "$system -m venv does not work here (on Debian: apt install python3-venv)"
     fi
     install .venv/bin/python .venv
   fi
@@ -74,13 +74,13 @@ if [ -z "$profile" ]; then
   gpu && profile=full || profile=laptop
 fi
 epochs_infonce=1 epochs_m=1 epochs_m_continued=1 epochs_m_joint=1 epochs_finetune=1  # quick
-epochs_video=1 epochs_captioner=1 epochs_fusion=1 cutmix=0
+epochs_video=1 epochs_captioner=1 epochs_fusion=1 cutmix=0 cheaper="--frozen 4 --enlarge 40"  # for the captioner
 if [ "$profile" = laptop ]; then
   epochs_infonce=5 epochs_m=5 epochs_m_continued=2 epochs_m_joint=3 epochs_finetune=8
-  epochs_video=6 epochs_captioner=6 epochs_fusion=2
+  epochs_video=6 epochs_captioner=4 epochs_fusion=1
 elif [ "$profile" = full ]; then
   epochs_infonce=20 epochs_m=20 epochs_m_continued=20 epochs_m_joint=20 epochs_finetune=50
-  epochs_video=25 epochs_captioner=25 epochs_fusion=25 cutmix=0.5  # CutMix pays in long training only
+  epochs_video=25 epochs_captioner=25 epochs_fusion=25 cutmix=0.5 cheaper=""  # CutMix pays in long training only
 fi
 
 NPROC=${NPROC:-1} train=python clips=python  # what starts the stages that train, and those that train on clips
@@ -135,13 +135,16 @@ pretrain="$train ssl.py pretrain"
 finetune="$train ssl.py finetune --cutmix $cutmix"
 stage "InfoNCE: two views of one image look alike" $pretrain --task infonce --epochs $epochs_infonce --keep-epochs
 stage "Model M: name the angle, repaint the patches" $pretrain --task m --epochs $epochs_m
-stage "Model M continued from the InfoNCE encoder" \
-  $pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $epochs_m_continued
 stage "Model M continued with InfoNCE beside it" \
   $pretrain --task m --init "$out/infonce.pt" --contrast 1 --name m_joint --epochs $epochs_m_joint --keep-epochs
 stage "linear probes; controls: raw pixels, an untrained ViT" \
-  python ssl.py probe --checkpoint pixels untrained "$out"/{infonce,m,m_infonce,m_joint}.pt
+  python ssl.py probe --checkpoint pixels untrained "$out"/{infonce,m,m_joint}.pt
 stage "fine-tuning on labels" $finetune --checkpoint "$out/m_joint.pt" --epochs $epochs_finetune --keep-epochs
+if [ "$profile" = full ] || [ -n "$questions" ]; then
+  stage "Model M continued from InfoNCE, without it" \
+    $pretrain --task m --init "$out/infonce.pt" --name m_infonce --epochs $epochs_m_continued
+  stage "its linear probe" python ssl.py probe --checkpoint "$out/m_infonce.pt"
+fi
 if [ "$profile" = full ]; then  # costs as much again
   stage "control: the same training from scratch" $finetune --epochs $epochs_finetune
 fi
@@ -178,10 +181,12 @@ elif gpu; then  # on a CPU BLIP would take a night
   else echo "so the captions come from a small BLIP, trained here"; fi
 fi
 captions=$out/captions_$captioner.jsonl
-fuse="$train multimodal.py fuse --epochs $epochs_fusion --cutmix $cutmix --captions"
+warmup=1
+[ $epochs_fusion != 1 ] || warmup=0.2
+fuse="$train multimodal.py fuse --epochs $epochs_fusion --warmup $warmup --cutmix $cutmix --captions"
 if [ "$captioner" = tiny ]; then
   stage "a small BLIP for each fold, a small CLIP" \
-    $train multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $epochs_captioner
+    $train multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $epochs_captioner $cheaper
 fi
 stage "a caption for every image" python multimodal.py caption --captioner "$captioner"
 stage "CLIP embeddings of the captions" python multimodal.py embed --captions "$captions"

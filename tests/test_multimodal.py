@@ -241,6 +241,15 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_frozen_blocks_of_the_small_blips_stay_those_of_the_encoder(finished):
+    towers = [vit.read_checkpoint(finished / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)]
+    start = vit.load_encoder(finished / "m.pt").state_dict()
+    for i in range(6):
+        ours = start[f"blocks.{i}.attn.qkv.weight"]
+        theirs = [tower[f"vision_model.encoder.layers.{i}.self_attn.qkv.weight"] for tower in towers]
+        assert all(torch.equal(ours, weight) == (i < 4) for weight in theirs)
+
+
 def test_the_small_blips_image_tower_is_our_encoder():
     encoder, images = randomise(vit.ViT(dim=D, depth=3)), data.synthetic(4)[0]
     blip, processor = multimodal.small_blip(encoder, data.CLASSES, 32)
@@ -356,7 +365,7 @@ def finished(tmp_path_factory):
         1,
         *out,
     )
-    call("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", *FAST, *out)
+    call("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", "--frozen", 4, *FAST, *out)
     for seen in ([], ["--seen"]):
         call("multimodal.py", "caption", "--captioner", "tiny", *seen, "--batch", 100, *out)
         call(
@@ -513,6 +522,7 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
             checkpoint=tmp_path / "m.pt",
             folds=2,
             enlarge=32,
+            frozen=None,
             epochs=1,
             batch=32,
             lr=1e-3,
