@@ -1,16 +1,14 @@
 """What was learned: similarity maps, CKA, every figure and the results table.
 
-    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens, before/after
-    fine-tuning cka        how much does attention change CLS? linear CKA of the residual stream around each
-    attention figures    draw every picture from the files that the stages left (seconds, no training) movie
-    similarity maps and nearest neighbours epoch by epoch, as a GIF report     write the results table, with
-    its pictures, to report.md publish    bring results/ and the numbers in README.md up to date with the runs
+    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens
+    cka        how much does attention change CLS? linear CKA of the residual stream around each attention
+    figures    draw every picture from the files that the stages left (seconds, no training)
+    movie      similarity maps and nearest neighbours epoch by epoch, as a GIF
+    report     write the results table, with its pictures, to report.md
 
-Depends on vit.py and data.py: copy this file with those two. For CKA alone, the class StreamingCKA needs only
-torch.
+Depends on vit.py and data.py: copy this file with those two. For CKA alone, StreamingCKA needs only torch.
 
-    python analysis.py maps --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
-    python analysis.py cka --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
+    python analysis.py maps cka --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
     python analysis.py figures --out runs/mine
 
 Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA

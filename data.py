@@ -1,10 +1,9 @@
-"""From disk to a batch on the device: CIFAR-10, a stand-in for it, augmentation, patch masking and rotation,
-batches.
+"""From disk to a batch on the device: CIFAR-10, augmentation, patch masking and rotation, samplers.
 
 Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in; the three splits
-Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix     (whole batches at
-a time) Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task) Part 4, batches:
-shuffled batches, SameClassBatchSampler
+Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix
+Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task)
+Part 4, batches:         shuffled batches, SameClassBatchSampler
 
 The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor
 operations on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
@@ -195,10 +194,11 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
-    train 45,000 | validation 5,000, held out of the official training set (always the same ones): choose with
-    it test 10,000, the official test set: read once, by the final evaluation `data` is a folder or the word
-    "synthetic"; `limit` keeps so many images (None: all). Raises SystemExit with one sentence on damaged or
-    missing files.
+    train 45,000 | validation 5,000, held out of the official training set, always the same: choose with it
+    test 10,000, the official test set: read once, by the final evaluation
+
+    `data` is a folder or the word "synthetic"; `limit` keeps so many images (None: all).
+    Raises SystemExit with one sentence on damaged or missing files.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be train, validation or test, not {split!r}")

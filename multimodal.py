@@ -1,8 +1,10 @@
 """Stage 3: language. An image's caption, as a vector, joins the video model through a cross-attention block.
 
     image --BLIP--> caption --CLIP's text tower--> embedding --linear--> keys, values --+
-    image, shown as a static video --video.py's model--> its temporal CLS --> query ----+--> cross-attention
-    block --> class
+                                                                                        |
+    image, as a static video --video.py's model--> its temporal CLS ---------> query ---+
+                                                                                        |
+                                              class <--linear-- cross-attention block <-+
 
 Part 1, the network (read this first):   CrossAttention -> CrossBlock -> Fusion
 Part 2, captions:                        BLIP, the caption file
@@ -11,12 +13,13 @@ Part 4, without downloads:               a small BLIP and a small CLIP of the sa
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
 Depends on vit.py, data.py and video.py: copy this file with those three. For cross-attention alone,
-CrossBlock needs only torch and vit.init_linear.
+CrossBlock needs only torch and vit.init_linear. Its training loops are in train_small_blip, train_small_clip
+and train_fusion. `tiny` is for where BLIP and CLIP can't be downloaded:
 
-    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2      # only where BLIP and CLIP can't be
-    downloaded python multimodal.py caption --captioner tiny python multimodal.py embed --captions
-    runs/mine/captions_tiny.jsonl python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks
-    1 --epochs 2
+    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2
+    python multimodal.py caption --captioner tiny
+    python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
+    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 2
 
 Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017
 (attention). Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of
@@ -742,7 +745,7 @@ def tiny(args: argparse.Namespace) -> None:
 
 
 class Text:
-    """The captions that the first `number` images of a split get, and their embeddings, on the device.
+    """The captions that a split's images get, and their embeddings, on the device.
 
     text(index [B]) -> embeddings [B, L, E], which of the L are words [B, L]; what Fusion.forward takes.
     """
@@ -775,7 +778,7 @@ def fuse(args: argparse.Namespace) -> None:
     place, states, words, clip = read_embeddings(embeddings_path(args.out, args.captions))
     if not states or set(captions.values()) - place.keys():
         sys.exit(
-            f"not all of these captions are embedded; "
+            "not all of these captions are embedded; "
             f"`python multimodal.py embed --captions {args.captions} --out {args.out}` does it"
         )
     start = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
@@ -819,7 +822,7 @@ def fuse(args: argparse.Namespace) -> None:
         text = no_text if control == "image_only" else texts[args.split]
         logits = predict(model, images, text, machine)
         arrays = {"guess": logits.argmax(1), "labels": labels}
-        arrays |= shown_in_figures(model, images, labels, texts[args.split])
+        arrays |= shown_in_figures(images, labels, texts[args.split])
         if args.text == "tokens" and control != "image_only":
             arrays |= attention_to_words(model, images[arrays["shown"]], texts[args.split](arrays["shown"]))
             arrays |= {"words": [words[place[caption]] for caption in arrays["captions"]]}
@@ -877,7 +880,7 @@ def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> 
     return torch.cat(logits)
 
 
-def shown_in_figures(model: Fusion, images: torch.Tensor, labels: torch.Tensor, text: Text) -> dict:
+def shown_in_figures(images: torch.Tensor, labels: torch.Tensor, text: Text) -> dict:
     """The first two images of each class, and the captions that the model reads with them."""
     shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])
     return {"shown": shown, "images": images[shown], "captions": [text.captions[i] for i in shown.tolist()]}

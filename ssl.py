@@ -1,9 +1,9 @@
 """Stage 1: learn from images without labels, then ask what was learned.
 
     pretrain --task infonce   two random views of an image shall look alike, all other images different
-    (baseline) pretrain --task m         Model M: tell the angle of turned patches, repaint blacked-out
-    patches probe                     freeze the encoder, fit a linear layer on its features: what can be read
-    off? finetune                  train the encoder on, with labels: what was it good for?
+    pretrain --task m         Model M: tell the angle of turned patches, repaint blacked-out patches
+    probe                     freeze the encoder, fit a linear layer on its features: what can be read off?
+    finetune                  train the encoder on, with labels: what was it good for?
 
 Depends on vit.py and data.py: copy this file with those two. Each stage's training loop is in its function.
 

@@ -4,13 +4,12 @@ A pseudo-video is a clip of F = 16 images of one class, shown as if they were th
 over all F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into
 space and time:
 
-    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then only
-    the
-               frames' CLS tokens through a temporal transformer of one or two blocks, which has its own CLS
-               token
+    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then
+               only the frames' CLS tokens through a temporal transformer of one or two blocks, which has
+               its own CLS token
     divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): inside the last
-    one or two
-               blocks, attention among the patches of a frame, then among the frames at the same patch
+               one or two blocks, attention among the patches of a frame, then among the frames at the same
+               patch
 
 A test image is judged as a static video: F times itself.
 

@@ -1,5 +1,4 @@
-"""A Vision Transformer for one small image, written out; and the plumbing that every training loop here
-shares.
+"""A Vision Transformer for one small image, written out; and the plumbing that every training loop shares.
 
 Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Classifier
 Part 2, the plumbing:                    device and precision, files, checkpoints, Run, the command line

@@ -1,8 +1,8 @@
 """How fast is a training step, how much of the machine does it use, and how long is an epoch?
 
     python tests/benchmark.py > results/benchmark.md
-    python tests/benchmark.py --processes 2        # instead: one process against two under torchrun, on the
-    same cores or GPUs
+    python tests/benchmark.py --processes 2        # instead: one process against two, on the same cores
+    python tests/benchmark.py --start              # instead: only the third table
 
 First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py
 writes it, and as timm, transformers and (where installed) vit-pytorch do, in float32 and in bfloat16

@@ -7,13 +7,11 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, run
+from conftest import call, run
 from torch import nn
 
 import analysis
