@@ -926,6 +926,8 @@ def movie(args: argparse.Namespace) -> None:
 # The table
 # ------------------------------------------------------------------------------------------------------------
 
+REPORTED_WITH_BLIP = 0.7013  # the coursework report's test accuracy with captions
+
 MADE_BY = {"tiny": "small captioner trained here", "blip": "real BLIP"}
 
 
@@ -935,7 +937,7 @@ def language_rows(who: str) -> dict[str, tuple]:
     return {
         f"captions_{who}": (f"{by}: class named in the caption, no training", None),
         f"{fusion}_text_only": (f"{by}: text only", f"captions_{who}"),
-        f"{fusion}_image_only": (f"{by}: image only, the gate to the text closed", "video_encoder_2"),
+        f"{fusion}_image_only": (f"{by}: image only, without the cross-attention", "video_encoder_2"),
         fusion: (f"{by}: fusion, two blocks", f"{fusion}_image_only"),
         f"{fusion}_1": (f"{by}: fusion, one block", fusion),
         f"{fusion}_tokens": (f"{by}: fusion, attention over words", fusion),
@@ -992,7 +994,7 @@ def formatted(name: str, value: float, deviation: float | None = None) -> str:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write out/report.md from out/results.json, and print its table."""
+    """Write out/report.md from results.json, and print its table; note there which Model M is best."""
     results, out = vit.read_results(args.out), pathlib.Path(args.out)
     rows = rows_of(args)
     if not rows:
@@ -1003,9 +1005,6 @@ def report(args: argparse.Namespace) -> None:
 
     if args.seconds:
         results["seconds"] = args.seconds
-    results["memory_gb"] = max(
-        (row["memory_gb"] for row in rows.values() if "memory_gb" in row), default=None
-    )
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
@@ -1041,7 +1040,7 @@ def report(args: argparse.Namespace) -> None:
             table.append(
                 [
                     what,
-                    number("fusion_tiny", "report"),
+                    formatted(name, REPORTED_WITH_BLIP),
                     "not measured here",
                     "",
                     "",

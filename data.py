@@ -194,8 +194,9 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
-    train 45,000 | validation 5,000, held out of the official training set, always the same: choose with it
-    test 10,000, the official test set: read once, by the final evaluation
+    train       45,000 images
+    validation   5,000, held out of the official training set, always the same: choose with these
+    test        10,000, the official test set: for the final number only
 
     `data` is a folder or the word "synthetic"; `limit` keeps so many images (None: all).
     Raises SystemExit with one sentence on damaged or missing files.
@@ -392,7 +393,7 @@ def cutmix(
 
     images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that
     stayed. The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's
-    border cuts it off (as in the paper); with 1 - `probability` it is empty.
+    border cuts it off (as in the paper); with probability 1 - `probability` it is empty.
     """
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)

@@ -503,7 +503,7 @@ def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tens
     import numpy
 
     stored = numpy.load(path) if path.exists() else {}
-    if "words" not in stored:  # an earlier version of this file kept none
+    if "words" not in stored:  # no file, or one of an earlier version
         return {}, [], [], ""
     states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
     place = {caption: i for i, caption in enumerate(stored["captions"].tolist())}
@@ -807,9 +807,9 @@ def fuse(args: argparse.Namespace) -> None:
         variant += ["tokens"] if args.text == "tokens" else []
         variant += [control] if control != "none" else []
         name = args.name or "_".join(variant)
+        # what also makes it another run: the control, whose embeddings, the start's weights
         also = {"control": None if control == "none" else control, "clip": clip, "blocks": blocks}
-        also |= {"checkpoint": vit.fingerprint(start)}  # other embeddings, or another start: another run
-        also |= {"dim": args.dim, "patch": args.patch, "stem": args.stem}  # what the start has, it has
+        also |= {"checkpoint": vit.fingerprint(start), "dim": None, "patch": None, "stem": False}
         about_row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
 
         model = video.load_video(start)

@@ -4,7 +4,7 @@
 #   bash run_all.sh [quick|laptop|full|questions] [--data DIR] [--seed N] [--fresh]
 #   bash run_all.sh test
 #
-# quick      every stage on 1,000 images, to see that it works; its numbers mean nothing
+# quick      every stage of laptop on 1,000 images, to see that it works; its numbers mean nothing
 # laptop     all images, few epochs (the default without a CUDA GPU)
 # full       the report's epochs and every control (the default with a CUDA GPU)
 # questions  laptop, then what the report left open
@@ -172,23 +172,20 @@ if [ "$profile" = full ]; then  # hours, without a GPU
 fi
 
 # ---------------------------------------------------------------- stage 3: language
-captioner=tiny
-blip="python multimodal.py caption --captioner blip"
+captioner=blip
+captions_by() { stage "a caption for every image" python multimodal.py caption --captioner "$1"; }
 if [ -e "$out/captions_blip.jsonl" ]; then  # begun here, or brought from another machine
-  captioner=blip
-elif gpu; then  # on a CPU BLIP would take a night
-  if stage "a caption for every image, by BLIP" $blip; then captioner=blip
-  else echo "so the captions come from a small BLIP, trained here"; fi
+  captions_by blip
+elif ! { gpu && captions_by blip; }; then  # without a GPU BLIP would take a night
+  captioner=tiny
+  stage "a small BLIP for each fold, a small CLIP, as the real ones can't be had here" \
+    $train multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $epochs_captioner $cheaper
+  captions_by tiny
 fi
 captions=$out/captions_$captioner.jsonl
 warmup=1
 [ $epochs_fusion != 1 ] || warmup=0.2
 fuse="$train multimodal.py fuse --epochs $epochs_fusion --warmup $warmup --cutmix $cutmix --captions"
-if [ "$captioner" = tiny ]; then
-  stage "a small BLIP for each fold, a small CLIP" \
-    $train multimodal.py tiny --checkpoint "$out/m_joint.pt" --epochs $epochs_captioner $cheaper
-fi
-stage "a caption for every image" python multimodal.py caption --captioner "$captioner"
 stage "CLIP embeddings of the captions" python multimodal.py embed --captions "$captions"
 stage "fusion: the image asks, the caption answers; controls" $fuse "$captions" --control none image_only text_only
 stage "fusion with attention over words" $fuse "$captions" --text tokens

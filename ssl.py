@@ -72,6 +72,11 @@ def two_views(images: torch.Tensor, generator: torch.Generator | None) -> torch.
     return torch.stack([data.contrastive_view(images, generator), data.contrastive_view(images, generator)])
 
 
+def share_views(x: torch.Tensor, views: int) -> torch.Tensor:
+    """This process's part of x [views * B, ...], of each view the same images; all of x without torchrun."""
+    return vit.share(x.unflatten(0, (views, -1)), dim=1).flatten(0, 1)
+
+
 def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
     """Train the encoder to know an image again in another view; writes out/NAME.pt."""
     model = vit.ModelM(encoder, projector=True)
@@ -85,7 +90,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
             views = two_views(images[index], run.generator)  # [2, B, 3, S, S]
-            views = vit.share(views, dim=1).flatten(0, 1)  # [2B, 3, S, S]
+            views = share_views(views.flatten(0, 1), 2)  # [2B, 3, S, S]
             with machine.autocast():
                 _, _, z = parallel(views, nothing.expand(len(views), 0))  # [2B, E]
             z = vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)  # [2B, E], of all processes
@@ -128,7 +133,10 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor,
     model.rotation_head.requires_grad_(names_angle)
     model.reconstruction_head.requires_grad_(paints)
     parallel = vit.parallel(model.to(machine.device))
-    print(f"of {encoder.patches} patches {masked_number} are blacked out, {turned_number} others turned")
+    turned = (
+        "the whole image is turned" if args.pretext == "image-rotation" else f"{turned_number} others turned"
+    )
+    print(f"of {encoder.patches} patches {masked_number} are blacked out, {turned}")
 
     run = vit.Run(args, args.name or "m", model, machine, encoder, len(images) // args.batch)
     for _ in range(run.epoch, args.epochs):
@@ -144,9 +152,9 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor,
             )
             if args.pretext == "image-rotation":
                 x = data.turn(x, angle)
-            shares = [vit.share(t.unflatten(0, (views, -1)), dim=1).flatten(0, 1) for t in (x, masked, angle)]
-            x, masked, angle = shares  # [views*B, 3, S, S], [views*B, M], [views*B]
-            target = vit.share(target, dim=1).flatten(0, 1)  # [views*B, 3, S, S]
+            x = share_views(x, views)  # [views*B, 3, S, S]
+            masked, angle = share_views(masked, views), share_views(angle, views)  # [views*B, M], [views*B]
+            target = share_views(target.flatten(0, 1), views)  # [views*B, 3, S, S]
 
             with machine.autocast():
                 logits, painted, z = parallel(x, masked)  # [views*B, 4], [views*B, M, 3*P*P], [views*B, E]
@@ -336,26 +344,20 @@ def best_probe(read: dict[str, dict], labels: dict[str, torch.Tensor], final: st
 
     read: split -> feature -> [n, D]; labels: split -> [n]; final: the split of the value.
     """
-    row = {"validation": 0.0}
-    for feature, x in read["train"].items():
-        mean, spread = x.mean(dim=0), x.std(dim=0) + 1e-6  # [D]
+    row = {"validation": -1.0}
+    for feature, raw in read["train"].items():
+        mean, spread = raw.mean(dim=0), raw.std(dim=0) + 1e-6  # [D]
         # standardised, so that one weight decay suits all dimensions
-        x, held_out, last = (
-            (read[split][feature] - mean) / spread for split in ("train", "validation", final)
-        )
-        best = (0.0, 0.0)  # accuracy on validation, on the final split
+        x = {split: (found[feature] - mean) / spread for split, found in read.items()}  # [n, D] each
+        best = -1.0
         for decay in (1e-4, 1e-3, 1e-2):
-            layer = fit_linear(x, labels["train"], decay)
-            scores = (
-                vit.accuracy(layer(held_out), labels["validation"]),
-                vit.accuracy(layer(last), labels[final]),
-            )
-            if scores[0] > best[0]:
-                best = scores
-        print(f"{feature} features, validation {best[0]:.4f}", flush=True)
-        row[feature] = best[1]
-        if best[0] > row["validation"]:
-            row |= {"features": feature, "validation": best[0], "value": best[1]}
+            layer = fit_linear(x["train"], labels["train"], decay)
+            validation = vit.accuracy(layer(x["validation"]), labels["validation"])
+            if validation > best:
+                best, row[feature] = validation, vit.accuracy(layer(x[final]), labels[final])
+        print(f"{feature} features, validation {best:.4f}", flush=True)
+        if best > row["validation"]:
+            row |= {"features": feature, "validation": best, "value": row[feature]}
     return row
 
 

@@ -29,7 +29,7 @@ import shutil
 import sys
 import time
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -347,8 +347,8 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
     Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back,
-    3 to 25 times slower. So little work tells them apart: the best of a few products in each, in turns, 0.2 s
-    in all. On a CPU one thread's own time counts, which stays the same however busy the machine is.
+    3 to 25 times slower. So little work tells them apart: the best of a few products in each, in turns. On a
+    CPU one thread's own time counts, which stays the same however busy the machine is.
     """
     on_cpu = device.type == "cpu"
     clock = time.thread_time if on_cpu else time.perf_counter
@@ -439,17 +439,17 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
 
 def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, stem: bool) -> ViT:
     """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder."""
-    if not checkpoint:
-        try:
-            return ViT(patch_size=patch or 8, dim=dim or 128, stem=stem)
-        except ValueError as error:
-            sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    encoder = load_encoder(checkpoint)
+    try:
+        encoder = load_encoder(checkpoint) if checkpoint else ViT(32, patch or 8, dim or 128, stem=stem)
+    except ValueError as error:
+        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
     asked = {"patch_size": patch, "dim": dim, "stem": stem or None}
     for name, value in asked.items():
         if value not in (None, encoder.config[name]):
             option = name.removesuffix("_size")
             sys.exit(f"the encoder in {checkpoint} has --{option} {encoder.config[name]}, not {value}")
+    tokens, width = 1 + encoder.patches, encoder.config["dim"]
+    print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
 
 
@@ -474,7 +474,7 @@ class Run:
         """`encoder`: the one in the model, or that it was made from; `steps` of an epoch; `also`: settings
         that are no options."""
         if steps < 1:
-            sys.exit(f"{name}: the images are fewer than one batch of {args.batch}; choose a smaller one")
+            sys.exit(f"{name}: the images are fewer than one step's {args.batch}; choose a smaller batch")
         self.path = pathlib.Path(args.out) / f"{name}.pt"
         self.name, self.model, self.machine, self.args, self.steps = name, model, machine, args, steps
         self.settings = settings(args, encoder) | (also or {})
@@ -494,8 +494,7 @@ class Run:
         self.history = {}  # metric -> its mean in each epoch
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
-            f"{name}: {encoder.patches} patches + CLS, {millions:.1f} M parameters, "
-            f"{args.epochs} epochs of {steps} steps"
+            f"{name}: {millions:.1f} M parameters, {args.epochs} epochs, {steps} steps of {args.batch} images each"
         )
         if args.warmup >= args.epochs:
             print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
@@ -546,7 +545,8 @@ class Run:
             group["lr"] = self.args.lr * schedule(done, total, int(self.args.warmup * self.steps))
 
     def log(self, **metrics: torch.Tensor) -> None:
-        """Note a batch's loss and other scalars; once a second show their means so far."""
+        """End a step: count it (set_learning_rate goes by this count), note its loss and other scalars; once
+        a second show their means so far. Call it once a batch, after the optimiser's step."""
         for key, value in metrics.items():
             self.metrics.setdefault(key, []).append(value.detach().float())
         self.batches += 1
@@ -698,11 +698,19 @@ def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, *
     results = read_results(args.out)
     packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
     where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
-    versions = {package: version(package) for package in packages}
+    versions = {package: installed(package) for package in packages}
     results |= about | where | {"versions": {"python": platform.python_version()} | versions}
     results["rows"][row_name(args, name)] = where | row | {"split": args.split, "command": typed()}
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
+
+
+def installed(package: str) -> str | None:
+    """The package's version; None where it is not installed: a copied file needs only some of them."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
@@ -782,7 +790,9 @@ def command(parser: argparse.ArgumentParser) -> None:
             sys.exit("this is no training stage; start it with python instead of torchrun")
         args.run(args)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        print(
+            "\nstopped; the same command goes on where it was, training after its last epoch", file=sys.stderr
+        )
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
         if not any(

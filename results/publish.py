@@ -1,10 +1,14 @@
-"""Bring results/ and the numbers in README.md up to date with finished runs (for this project's maintainers).
+"""Bring results/ and README.md's table up to date with finished runs (for this project's maintainers).
 
     python results/publish.py                        # runs/cifar10-full*, -laptop* and -quick*
     python results/publish.py --runs FOLDER ...
 
-README.md and results/report.md hold marks that no reader sees, <!--=laptop:finetune-->, each followed by the
-number it asks for and <!--/-->. They are filled in here, so no result on those pages is typed.
+report.template.md says in braces which number it wants; report.md is that page with the numbers filled in:
+
+    {laptop finetune}                  a row's value; of several seeds, mean and standard deviation
+    {laptop m_probe training.angle}    another entry of the row
+    {report finetune}                  the same row in the coursework report
+    {laptop: versions.torch}           an entry of the run itself
 """
 
 from __future__ import annotations
@@ -19,80 +23,119 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analysis  # noqa: E402
+import multimodal  # noqa: E402
 import vit  # noqa: E402
 
-MARK = re.compile(r"<!--=(\S+?)-->.*?<!--/-->", re.DOTALL)
+PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (\S+?))?\}")
+BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+# the rows of README.md's table
+ROWS = {
+    "pixels_probe": "linear probe of raw pixels",
+    "untrained_probe": "linear probe of an untrained encoder",
+    "infonce_probe": "linear probe after InfoNCE",
+    "m_probe": "linear probe after Model M, from scratch",
+    "m_joint_probe": "linear probe after Model M with InfoNCE beside it",
+    "finetune": "fine-tuned from it (the report: from its Model M)",
+    "finetune_scratch": "control: the same training from scratch (laptop: made by `questions`)",
+    "video_encoder_1": "pseudo-videos, one temporal block",
+    "video_encoder_2": "pseudo-videos, two temporal blocks",
+    "fusion_tiny": "with captions by a small captioner, trained here",
+    "fusion_tiny_image_only": "control: the same training without captions",
+    "fusion_tiny_text_only": "control: captions without the image",
+    "fusion_blip": "with captions by BLIP",
+    "cka_before": "CKA of CLS across the last attention, before fine-tuning",
+    "cka_after": "the same, after",
+}
 
 
-def entry(runs: dict[str, dict], what: str) -> str:
-    """What a mark asks for, as text; `runs`: name of a run -> its results.json.
+def look_up(results: dict, path: str):
+    """The entry at a path like "training.angle" or "attentions.1"; None where there is none."""
+    for step in path.split("."):
+        if results is None:
+            return None
+        results = results[int(step)] if isinstance(results, list) else results.get(step)
+    return results
 
-    laptop:finetune                  the row's value; with several seeds, mean and standard deviation
-    report:finetune                  the same in the coursework report
-    laptop:m_probe:training.angle    another entry of the row
-    laptop::versions.torch           an entry of the run itself
-    """
-    profile, row, key = (what.split(":") + [""])[:3]
-    key = "report" if profile == "report" else key or "value"
+
+def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
+    """One number as text; runs: name of a run -> its results.json; row "": an entry of the run itself."""
     found = []
-    for results in [r for name, r in runs.items() if profile in ("report", *name.split("-"))]:
-        value = results["rows"].get(row) if row else results
-        for step in key.split("."):
-            if isinstance(value, list):
-                value = value[int(step)]
-            elif value is not None:
-                value = value.get(step)
-        found += [] if value is None else [value]
+    for name, results in runs.items():
+        if profile == "report":
+            found.append(look_up(results, f"rows.{row}.report") or multimodal.REPORTED.get(row))
+        elif profile in name.split("-"):
+            found.append(look_up(results, f"rows.{row}.{key}" if row else key))
+    found = [value for value in found if value is not None]
     if not found:
         return "not measured"
     if key == "command":
         return found[0]
     if not row or isinstance(found[0], str):
-        return ", ".join(dict.fromkeys(f"{v / 60:.0f} min" if key == "seconds" else str(v) for v in found))
-    if key in ("epochs", "memory_gb"):
-        return str(max(found))
+        texts = [f"{value / 60:.0f} min" if key == "seconds" else str(value) for value in found]
+        return ", ".join(dict.fromkeys(texts))
     mean = statistics.mean(found)
     if key == "seconds":
         return f"{mean / 60:.1f} min"
     return analysis.formatted(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
 
 
-def filled(page: str, runs: dict[str, dict]) -> str:
-    """The page with every mark's number brought up to date."""
-    return MARK.sub(lambda mark: f"<!--={mark[1]}-->{entry(runs, mark[1])}<!--/-->", page)
+def filled(template: str, runs: dict[str, dict]) -> str:
+    """The page that the template describes."""
+
+    def fill(placeholder: re.Match) -> str:
+        profile, colon, first, second = placeholder.groups()
+        if colon:
+            return entry(runs, profile, "", first)
+        return entry(runs, profile, first, second or "value")
+
+    return PLACEHOLDER.sub(fill, template)
+
+
+def table(runs: dict[str, dict]) -> str:
+    """README.md's table, in columns that can be read in an editor."""
+    lines = [["", "report", "laptop", "full"]]
+    for row, label in ROWS.items():
+        cells = [entry(runs, profile, row) for profile in ("report", "laptop", "full")]
+        lines.append([label, cells[0].replace("not measured", ""), *cells[1:]])
+    widths = [max(len(line[c]) for line in lines) for c in range(4)]
+    texts = []
+    for label, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        texts.append("| " + " | ".join([label.ljust(widths[0]), *padded]) + " |")
+    texts.insert(
+        1, "|-" + "-" * widths[0] + "-|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
+    )
+    seeds, images = entry(runs, "laptop", "", "seed"), entry(runs, "laptop", "", "provenance")
+    about = f"laptop: mean and standard deviation over seeds {seeds}; one seed where there is no ±."
+    about += f"\nImages: {images}."
+    return "\n".join([about, "", *texts]) + "\n"
 
 
 def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Copy results and pictures of finished runs to results/, and their numbers into results/report.md and
-    README.md."""
+    """Write results.json, report.md and README.md's table from the runs in `folders`; copy their pictures."""
     runs = {f.name: vit.read_results(f) for f in folders if (f / "results.json").exists()}
     if not runs:
-        raise SystemExit("there is no finished run in runs/; `bash run_all.sh` makes one")
+        sys.exit("there is no finished run in runs/; `bash run_all.sh` makes one")
     for name, results in runs.items():
         if results["dataset"] != "cifar10":
-            raise SystemExit(f"{name} holds results on {results['dataset']} images, not to be published")
+            sys.exit(f"{name} holds results on {results['dataset']} images, not to be published")
     vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
     for picture in [f"{name}.png" for name in analysis.FIGURES] + ["learning.gif"]:
-        if found := [f / "figures" / picture for f in folders if (f / "figures" / picture).exists()]:
-            vit.write_file(out / "figures" / picture, found[0].read_bytes())
-    for page in (out / "report.md", out.parent / "README.md"):
-        text = filled(page.read_text(), runs)
-        vit.write_file(page, text.encode())
-        missing = sorted({mark for mark in MARK.findall(text) if entry(runs, mark) == "not measured"})
-        print(
-            f"{page}: {len(MARK.findall(text))} numbers from {', '.join(runs)}; not measured: "
-            f"{', '.join(missing) or 'none'}",
-            flush=True,
-        )
+        for folder in folders[::-1]:  # the first that has it wins
+            if (folder / "figures" / picture).exists():
+                vit.write_file(out / "figures" / picture, (folder / "figures" / picture).read_bytes())
+    page = filled((out / "report.template.md").read_text(), runs)
+    vit.write_file(out / "report.md", page.encode())
+    readme = out.parent / "README.md"
+    text = BLOCK.sub(lambda block: block[1] + table(runs) + block[2], readme.read_text())
+    vit.write_file(readme, text.encode())
+    print(f"wrote {out / 'report.md'} and {readme} from {', '.join(runs)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--runs", nargs="+", type=pathlib.Path, default=[], metavar="FOLDER", help="finished runs"
-    )
+    parser = argparse.ArgumentParser(description="bring results/ and README.md's table up to date with runs")
+    parser.add_argument("--runs", nargs="+", type=pathlib.Path, default=[], help="folders of finished runs")
     parser.add_argument(
         "--out", type=pathlib.Path, default=ROOT / "results", help="where to (default: results)"
     )
