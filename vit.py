@@ -494,7 +494,8 @@ class Run:
         self.history = {}  # metric -> its mean in each epoch
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(
-            f"{name}: {millions:.1f} M parameters, {args.epochs} epochs, {steps} steps of {args.batch} images each"
+            f"{name}: {millions:.1f} M parameters, {args.epochs} epochs "
+            f"of {steps} steps of {args.batch} images"
         )
         if args.warmup >= args.epochs:
             print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
