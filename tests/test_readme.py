@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page):
         if not link.startswith("http"):
             path, _, anchor = link.partition("#")
             assert (page.parent / path).exists(), link
-            assert not anchor or anchor in headings[page.parent / path], link
+            assert not anchor or anchor in headings[(page.parent / path).resolve()], link
 
 
 def test_pictures_are_small():

@@ -298,7 +298,7 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
         (
             ["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10],
             1,
-            "choose a smaller one",
+            "choose a smaller batch",
         ),
         (
             ["ssl.py", "pretrain", "--task", "m", "--data", "synthetic", "--limit", 10, "--patch", 5],
