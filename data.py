@@ -118,10 +118,7 @@ def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
             reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
         except _DiskError as error:
             raise error.__cause__
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # no network, time-outs, broken TLS: all OSErrors
+        except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
             reason = getattr(error, "reason", error)
 
 
@@ -330,11 +327,8 @@ def resized_crop_flip(
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
-    # as shares of the image, [B]
-    w, h = (
-        (area * ratio).sqrt().clamp(max=1),
-        (area / ratio).sqrt().clamp(max=1),
-    )
+    w = (area * ratio).sqrt().clamp(max=1)  # [B], as a share of the image's width
+    h = (area / ratio).sqrt().clamp(max=1)
     x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
     y = uniform(images, -1, 1, generator) * (1 - h)
     w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
@@ -405,11 +399,14 @@ def cutmix(
 
 
 def cutmix_loss(
-    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, share: torch.Tensor, smoothing: float
+    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, each by its share of pixels."""
+    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, each by its part of the pixels.
+
+    kept: the part [] that stayed the image's own, from `cutmix`.
+    """
     first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
-    return share * first + (1 - share) * second
+    return kept * first + (1 - kept) * second
 
 
 def cutmix_accuracy(
@@ -527,9 +524,8 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
     def __init__(self, labels: torch.Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
         labels = torch.as_tensor(labels)
-        self.members = [
-            (labels == k).nonzero()[:, 0].cpu() for k in labels.unique()
-        ]  # of each class, its indices
+        # of each class, its indices
+        self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]
         smallest = min(len(members) for members in self.members)
         if smallest < batch:
             raise ValueError(

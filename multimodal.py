@@ -629,7 +629,7 @@ def train_small_blip(
     if args.frozen:  # the first blocks stay as they came: a step is cheaper, and few epochs teach more
         model.vision_model.embeddings.requires_grad_(False)
         model.vision_model.encoder.layers[: args.frozen].requires_grad_(False)
-    parallel = vit.parallel(model.to(machine.device))
+    parallel = vit.data_parallel(model.to(machine.device))
     ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     ids = ids.to(machine.device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
@@ -648,7 +648,7 @@ def train_small_blip(
             pixels = pixel_values(processor, (255 * x).round().byte())
             with machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
-            # [B, L + 1, V], [B, L + 1]: every word from those before
+            # V words in the vocabulary: [B, L + 1, V], [B, L + 1]; every word from those before
             guess, target = (
                 logits[:, :-1],
                 words[:, 1:],
@@ -687,7 +687,7 @@ def train_small_clip(
     import open_clip  # only here: it takes seconds
 
     model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
-    parallel = vit.parallel(model)
+    parallel = vit.data_parallel(model)
     tokenizer = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])
     tokens = tokenizer(truth).to(machine.device)  # [n, 16]
     contrast = open_clip.ClipLoss()
@@ -848,7 +848,7 @@ def train_fusion(
         text = validation_text = no_text
     # without the image nothing could tell what CutMix has mixed in
     cutmix = 0.0 if control == "text_only" else args.cutmix
-    parallel = vit.parallel(model, some_idle=True)
+    parallel = vit.data_parallel(model, some_idle=True)
 
     run = vit.Run(args, name, model, machine, model.encoder, len(images) // args.batch, also)
     for _ in range(run.epoch, args.epochs):

@@ -82,7 +82,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
     model = vit.ModelM(encoder, projector=True)
     model.rotation_head.requires_grad_(False)  # no part of this task
     model.reconstruction_head.requires_grad_(False)
-    parallel = vit.parallel(model.to(machine.device))
+    parallel = vit.data_parallel(model.to(machine.device))
     nothing = torch.zeros(1, 0, dtype=torch.long, device=machine.device)  # no patch is masked
 
     run = vit.Run(args, args.name or "infonce", model, machine, encoder, len(images) // args.batch)
@@ -132,7 +132,7 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor,
     model = vit.ModelM(encoder, projector=args.contrast > 0)
     model.rotation_head.requires_grad_(names_angle)
     model.reconstruction_head.requires_grad_(paints)
-    parallel = vit.parallel(model.to(machine.device))
+    parallel = vit.data_parallel(model.to(machine.device))
     turned = (
         "the whole image is turned" if args.pretext == "image-rotation" else f"{turned_number} others turned"
     )
@@ -202,7 +202,7 @@ def finetune(args: argparse.Namespace) -> None:
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
     model = vit.Classifier(encoder).to(machine.device)
-    parallel = vit.parallel(model)
+    parallel = vit.data_parallel(model)
 
     run = vit.Run(args, name, model, machine, encoder, len(images) // args.batch)
     for _ in range(run.epoch, args.epochs):

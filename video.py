@@ -251,7 +251,7 @@ def train(args: argparse.Namespace) -> None:
         sys.exit(f"{error}; choose a larger --limit or fewer --frames")
     model = MODELS[args.model](encoder, args.blocks, args.frames, ordered=args.positions).to(machine.device)
     model.frame_head.requires_grad_(args.frame_loss > 0)
-    parallel = vit.parallel(model)
+    parallel = vit.data_parallel(model)
     in_order = torch.arange(args.frames, device=machine.device).expand(args.clips, -1)  # [C, F]
 
     args.batch = args.clips * args.frames  # images of a step

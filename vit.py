@@ -250,7 +250,7 @@ class Classifier(nn.Module):
 # Part 2: the plumbing. Nothing below is about transformers.
 #
 # Under torchrun, PyTorch's launcher, every process holds the whole data set, draws the same random numbers
-# and augments the whole batch (cheap beside the network); then each trains on its `share`, `parallel`
+# and augments the whole batch (cheap beside the network); then each trains on its `share`, `data_parallel`
 # averages the gradients, and InfoNCE, whose negatives are all other images of the batch, needs `gather`. A
 # single process gets from these three what it gave them.
 # ---------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # only process 0 prints
 PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 
-def parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
+def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
     """Called like `model`, it averages the gradients of all processes in backward.
 
     some_idle: the model has parameters that a step does not use.
@@ -284,7 +284,7 @@ def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
     A softmax over some of the scores is no part of the softmax over all, so every process computes the loss
     of the whole batch, and from it the gradient of its part alone. The whole gradient is the sum of these;
-    `parallel` takes their mean; so each is multiplied by their number.
+    `data_parallel` takes their mean; so each is multiplied by their number.
     """
     if PROCESSES == 1:
         return x
@@ -299,38 +299,23 @@ class Machine:
     """Where the run computes, and in which precision; both chosen here, and printed."""
 
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
-        choices = [device]
-        if device == "auto":
-            choices = ["cuda"] if torch.cuda.is_available() else []
-            choices += ["mps"] if torch.backends.mps.is_available() and PROCESSES == 1 else []
-            choices += ["cpu"]
-        for choice in choices:
-            if choice == "cuda" and PROCESSES > 1:
-                choice = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(choice)
-            try:
-                self.device = (
-                    torch.zeros(1, device=choice) + 1
-                ).device  # + 1: old GPUs fail at the first kernel
-                break
-            except (RuntimeError, AssertionError) as error:
-                why_not = f"the device {choice!r} can't be used here ({str(error).splitlines()[0]})"
-                if choice == choices[-1]:
-                    sys.exit(f"{why_not}; try --device cpu")
-                print(f"{why_not}; going on without", flush=True)
+        self.device = find_device(device)
         if PROCESSES > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
-        choice = [precision, "as asked"] if precision != "auto" else [*faster_precision(self.device)]
+        chosen = [precision, "as asked"]
+        if precision == "auto":
+            chosen = [*faster_precision(self.device)]
         if PROCESSES > 1:
-            dist.broadcast_object_list(choice)  # all take what process 0 found
-        self.precision, why = choice
+            dist.broadcast_object_list(chosen)  # all take what process 0 found
+        self.precision, why = chosen
         self.seed = seed
-        self.eval_batch = (
-            125 if self.device.type == "cpu" else 1000
-        )  # small: the activations fit a CPU's cache
+        # images at a time in evaluation: small, so that the activations fit a CPU's cache
+        self.eval_batch = 125 if self.device.type == "cpu" else 1000
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         self.name = f"{self.device.type} ({chip}, {torch.get_num_threads()} CPU threads"
         self.name += f" in each of {PROCESSES} processes)" if PROCESSES > 1 else ")"
@@ -341,6 +326,25 @@ class Machine:
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def find_device(asked: str) -> torch.device:
+    """The device that was asked for, or with "auto" the first that works; SystemExit where none does."""
+    candidates = [asked]
+    if asked == "auto":
+        candidates = ["cuda"] if torch.cuda.is_available() else []
+        candidates += ["mps"] if torch.backends.mps.is_available() and PROCESSES == 1 else []
+        candidates += ["cpu"]
+    for name in candidates:
+        if name == "cuda" and PROCESSES > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU a process
+        try:
+            return (torch.zeros(1, device=name) + 1).device  # + 1: a GPU too old fails at its first kernel
+        except (RuntimeError, AssertionError) as error:
+            why_not = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
+            if asked == "auto":
+                print(f"{why_not}; going on without", flush=True)
+    sys.exit(f"{why_not}; try --device cpu")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:

@@ -190,7 +190,7 @@ def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -
         vit.Classifier(vit.ViT()).to(machine.device),
         torch.Generator(machine.device).manual_seed(0),
     )
-    parallel = vit.parallel(model)
+    parallel = vit.data_parallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
     for index in data.shuffled_batches(len(images), 128, generator):
         x, y = data.crop_flip(images[index], generator), labels[index]

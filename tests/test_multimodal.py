@@ -315,6 +315,14 @@ def test_an_open_clip_checkpoint_is_loaded_from_a_folder_and_from_a_file(tmp_pat
             multimodal.load_clip(name, weights)
 
 
+def test_a_clip_with_weights_missing_is_refused(tmp_path):
+    state = small_clip(tmp_path).state_dict()
+    del state["transformer.resblocks.1.attn.in_proj_weight"]
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(SystemExit, match="can't load the CLIP"):
+        multimodal.load_clip(f"local-dir:{tmp_path}", None)
+
+
 def test_a_text_tower_that_is_built_otherwise_is_refused(tmp_path):
     import open_clip
 
