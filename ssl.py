@@ -313,6 +313,10 @@ def probe(args: argparse.Namespace) -> None:
     left = [checkpoint for checkpoint in names if not vit.measured(args, names[checkpoint], checkpoint)]
     if not left:
         return
+    controls = ("pixels", "untrained")
+    trained = {
+        checkpoint: vit.read_checkpoint(checkpoint) for checkpoint in left if checkpoint not in controls
+    }
     machine = vit.Machine(args.device, args.precision, args.seed)
     splits = {"train": labelled(args.data, args.labels, args.limit, machine.device)}
     for split in ("validation", args.split):
@@ -320,7 +324,7 @@ def probe(args: argparse.Namespace) -> None:
     labels = {split: labels for split, (_, labels) in splits.items()}
 
     for checkpoint in left:
-        start, trained = time.perf_counter(), {}
+        start, training = time.perf_counter(), trained.get(checkpoint, {})
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         if checkpoint == "pixels":
             encoder = None
@@ -328,12 +332,11 @@ def probe(args: argparse.Namespace) -> None:
             encoder = vit.make_encoder(None, args.patch, args.dim, args.stem).to(machine.device)
         else:
             encoder = vit.make_encoder(checkpoint, args.patch, args.dim, args.stem).to(machine.device)
-            trained = vit.read_checkpoint(checkpoint)
         read = {split: features(encoder, images, machine) for split, (images, _) in splits.items()}
         row = best_probe(read, labels, args.split)
-        row |= {"seconds": trained.get("seconds", 0.0) + time.perf_counter() - start}
-        row |= {"epochs": trained.get("epoch", 0), "weights": vit.fingerprint(checkpoint)}
-        row |= {"training": {metric: means[-1] for metric, means in trained.get("history", {}).items()}}
+        row |= {"seconds": training.get("seconds", 0.0) + time.perf_counter() - start}
+        row |= {"epochs": training.get("epoch", 0), "weights": vit.fingerprint(checkpoint)}
+        row |= {"training": {metric: means[-1] for metric, means in training.get("history", {}).items()}}
         name = names[checkpoint]
         vit.record(args, name, machine, data.describe(args.data), report=REPORTED.get(name), **row)
 
