@@ -1108,6 +1108,7 @@ def main() -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
+        """The stages that the command line names, one after another."""
         if {"maps", "cka"} & {*args.what} and not (args.before and args.after):
             parser.error("maps and cka need --before and --after")
         for name in args.what:

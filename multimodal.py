@@ -29,6 +29,8 @@ CLIP's embedding.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import logging
 import os
@@ -227,7 +229,8 @@ def write_captions(model, processor, images: torch.Tensor, beams: int, longest: 
     """The captions, a list of n strings, of uint8 images [n, 3, S, S]; of at most `longest` tokens each."""
     longest = min(longest, model.config.text_config.max_position_embeddings - 1)
     pixels = pixel_values(processor, images).to(model.dtype)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=machine.precision == "bfloat16"):
+    on_cpu = machine.device.type == "cpu"  # elsewhere the weights themselves are in the precision chosen
+    with torch.no_grad(), machine.autocast() if on_cpu else contextlib.nullcontext():
         tokens = model.generate(pixel_values=pixels, num_beams=beams, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -648,11 +651,8 @@ def train_small_blip(
             pixels = pixel_values(processor, (255 * x).round().byte())
             with machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
-            # V words in the vocabulary: [B, L + 1, V], [B, L + 1]; every word from those before
-            guess, target = (
-                logits[:, :-1],
-                words[:, 1:],
-            )
+            guess = logits[:, :-1]  # [B, L + 1, V], V words in the vocabulary
+            target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -782,7 +782,8 @@ def fuse(args: argparse.Namespace) -> None:
             f"`python multimodal.py embed --captions {args.captions} --out {args.out}` does it"
         )
     start = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
-    blocks = len(video.load_video(start).blocks)
+    base = video.load_video(start)
+    blocks = len(base.blocks)
     machine = vit.Machine(args.device, args.precision, args.seed)
     if args.text == "pooled":
         # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
@@ -809,18 +810,20 @@ def fuse(args: argparse.Namespace) -> None:
         name = args.name or "_".join(variant)
         # what also makes it another run: the control, whose embeddings, the start's weights
         also = {"control": None if control == "none" else control, "clip": clip, "blocks": blocks}
-        also |= {"checkpoint": vit.fingerprint(start), "dim": None, "patch": None, "stem": False}
+        also |= {"checkpoint": vit.fingerprint(start)}
         about_row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
 
-        model = video.load_video(start)
+        # what the model reads beside the images
+        inputs = dict.fromkeys(texts, no_text) if control == "image_only" else texts
+        # without the image nothing could tell what CutMix has mixed in
+        cutmix = 0.0 if control == "text_only" else args.cutmix
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        model = Fusion(model, padded.shape[2], image=control != "text_only").to(machine.device)
-        run = train_fusion(args, name, model, splits, texts, control, also, machine)
+        model = Fusion(copy.deepcopy(base), padded.shape[2], image=control != "text_only").to(machine.device)
+        run = train_fusion(args, name, model, splits, inputs, cutmix, also, machine)
         if vit.measured(args, name, run.path):
             continue
         images, labels = splits[args.split]
-        text = no_text if control == "image_only" else texts[args.split]
-        logits = predict(model, images, text, machine)
+        logits = predict(model, images, inputs[args.split], machine)
         arrays = {"guess": logits.argmax(1), "labels": labels}
         arrays |= shown_in_figures(images, labels, texts[args.split])
         if args.text == "tokens" and control != "image_only":
@@ -836,21 +839,17 @@ def train_fusion(
     name: str,
     model: Fusion,
     splits: dict,
-    texts: dict,
-    control: str,
+    inputs: dict,
+    cutmix: float,
     also: dict,
     machine: vit.Machine,
 ) -> vit.Run:
-    """Train one row of `fuse`; splits: images and labels by split, texts: a Text by split."""
+    """Train one row of `fuse`; by split: `splits` images and labels, `inputs` a Text or no_text."""
     (images, labels), (validation, truth) = splits["train"], splits["validation"]
-    text, validation_text = texts["train"], texts["validation"]
-    if control == "image_only":
-        text = validation_text = no_text
-    # without the image nothing could tell what CutMix has mixed in
-    cutmix = 0.0 if control == "text_only" else args.cutmix
+    text = inputs["train"]
     parallel = vit.data_parallel(model, some_idle=True)
 
-    run = vit.Run(args, name, model, machine, model.encoder, len(images) // args.batch, also)
+    run = vit.Run(args, name, model, machine, None, len(images) // args.batch, also)
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
@@ -866,7 +865,7 @@ def train_fusion(
             run.optimizer.step()
             run.optimizer.zero_grad()
             run.log(loss=loss, train=data.cutmix_accuracy(logits, y, other, kept))
-        run.save(validation=vit.accuracy(predict(model, validation, validation_text, machine), truth))
+        run.save(validation=vit.accuracy(predict(model, validation, inputs["validation"], machine), truth))
     return run
 
 

@@ -77,6 +77,11 @@ def share_views(x: torch.Tensor, views: int) -> torch.Tensor:
     return vit.share(x.unflatten(0, (views, -1)), dim=1).flatten(0, 1)
 
 
+def gather_views(z: torch.Tensor) -> torch.Tensor:
+    """The inverse of `share_views`, for two views: the whole batch's z [2B, E], from all processes."""
+    return vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)
+
+
 def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
     """Train the encoder to know an image again in another view; writes out/NAME.pt."""
     model = vit.ModelM(encoder, projector=True)
@@ -93,8 +98,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
             views = share_views(views.flatten(0, 1), 2)  # [2B, 3, S, S]
             with machine.autocast():
                 _, _, z = parallel(views, nothing.expand(len(views), 0))  # [2B, E]
-            z = vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)  # [2B, E], of all processes
-            loss, match = info_nce(z, args.temperature)
+            loss, match = info_nce(gather_views(z), args.temperature)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             run.set_learning_rate()
@@ -166,8 +170,7 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor,
                 losses.append(paint_loss(painted, target, masked, patch))
                 metrics["mse"] = losses[-1]
             if args.contrast:
-                z = vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)  # [2B, E], of all processes
-                contrast, metrics["match"] = info_nce(z, args.temperature)
+                contrast, metrics["match"] = info_nce(gather_views(z), args.temperature)
                 losses.append(args.contrast * contrast)
             loss = sum(losses)
             loss.backward()

@@ -255,13 +255,14 @@ def train(args: argparse.Namespace) -> None:
     in_order = torch.arange(args.frames, device=machine.device).expand(args.clips, -1)  # [C, F]
 
     args.batch = args.clips * args.frames  # images of a step
-    steps = len(clip_steps(sampler, labels.tolist(), args.clips, args.balanced))
+    label_of = labels.tolist()
+    steps = len(clip_steps(sampler, label_of, args.clips, args.balanced))
     run = vit.Run(args, name, model, machine, encoder, steps)
     for epoch in range(run.epoch, args.epochs):
         model.train()
         sampler.set_epoch(epoch)
-        # [C, F]
-        for index in clip_steps(sampler, labels.tolist(), args.clips, args.balanced).to(machine.device):
+        clips = clip_steps(sampler, label_of, args.clips, args.balanced)  # [steps, C, F]
+        for index in clips.to(machine.device):  # [C, F]
             y = labels[index[:, 0]]  # [C]
             # [C, F, 3, S, S]
             x = data.crop_flip(images[index.flatten()], run.generator).unflatten(0, index.shape)

@@ -471,12 +471,12 @@ class Run:
         name: str,
         model: nn.Module,
         machine: Machine,
-        encoder: ViT,
+        encoder: ViT | None,
         steps: int,
         also: dict | None = None,
     ):
-        """`encoder`: the one in the model, or that it was made from; `steps` of an epoch; `also`: settings
-        that are no options."""
+        """`encoder`: the one that --dim, --patch and --stem describe (None: they describe none); `steps` of
+        an epoch; `also`: settings that are no options."""
         if steps < 1:
             sys.exit(f"{name}: the images are fewer than one step's {args.batch}; choose a smaller batch")
         self.path = pathlib.Path(args.out) / f"{name}.pt"
@@ -606,14 +606,16 @@ class Run:
         self.begin_epoch()
 
 
-def settings(args: argparse.Namespace, encoder: ViT) -> dict:
+def settings(args: argparse.Namespace, encoder: ViT | None) -> dict:
     """What makes it another run: its options, less those that leave the weights alone, and its files."""
     harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
     found = {key: value for key, value in vars(args).items() if key not in harmless}
     for key in {"init", "checkpoint", "captions"} & found.keys():
         found[key] = fingerprint(found[key] or "")
-    config = encoder.config  # said or left to the default, it is the same run
-    return found | {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
+    if encoder:  # its sizes, said or left to the default, are the same run
+        config = encoder.config
+        found |= {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
+    return found
 
 
 def schedule(step: int, total: int, warmup: int) -> float:

@@ -287,7 +287,8 @@ def start_table(images: str) -> None:
     print("| from typing the command | seconds |\n|---|---:|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("data", "runs", ".git", ".venv", ".*cache"))
+        left_out = shutil.ignore_patterns("data", "runs", ".git", ".venv", ".*cache")
+        shutil.copytree(ROOT, folder, ignore=left_out)
         common = ["--data", images, "--limit", "256", "--batch", "128"]
         for words, line in FIRST_STEPS.items():
             options = common[:4] if words.startswith(("video", "multimodal.py embed")) else common
