@@ -87,7 +87,7 @@ def maps(args: argparse.Namespace) -> None:
             args,
             f"maps_{when}",
             machine,
-            data.describe(args.data),
+            data.source(args.data),
             value=row.pop("entropy"),
             **row,
             precision="float32",
@@ -211,7 +211,7 @@ def cka(args: argparse.Namespace) -> None:
             args,
             f"cka_{when}",
             machine,
-            data.describe(args.data),
+            data.source(args.data),
             value=biased[-3, -2].item(),
             report=reported,
             debiased=debiased[-3, -2].item(),
@@ -429,7 +429,7 @@ def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
 def draw_maps(args: argparse.Namespace, footer: str) -> Page:
     """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
     stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
-    names, side = data.class_names(args.data), int((stored["before"].shape[1] - 1) ** 0.5)
+    names, side = data.source(args.data).classes, int((stored["before"].shape[1] - 1) ** 0.5)
     sides = {
         when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side)
         for when in ("before", "after")
@@ -482,7 +482,7 @@ def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
         "parallel to it join patches above each other.",
         footer,
     )
-    low, names = min(stored[w].min() for w in ("before", "after")), data.class_names(args.data)
+    low, names = min(stored[w].min() for w in ("before", "after")), data.source(args.data).classes
     for i, label in enumerate(stored["labels"][:3]):
         page.text(80 + 290 * i + 127, page.top, names[label], 14, anchor="ma")
     for r, when in enumerate(("before", "after")):
@@ -559,7 +559,7 @@ def draw_curves(args: argparse.Namespace, footer: str) -> Page:
 def draw_classes(args: argparse.Namespace, footer: str) -> Page:
     """Confusion matrix and accuracy per class of the fine-tuned model."""
     stored = np.load(vit.arrays_path(args, "finetune"))
-    names, K = data.class_names(args.data), 10
+    names, K = data.source(args.data).classes, 10
     confusion = np.zeros((K, K))
     np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
     percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
@@ -583,7 +583,7 @@ def draw_classes(args: argparse.Namespace, footer: str) -> Page:
 def draw_clips(args: argparse.Namespace, footer: str) -> Page:
     """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself,
     what the clip says."""
-    stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.class_names(args.data)
+    stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.source(args.data).classes
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, F, cell = weights.max(), weights.shape[1], 52
     page = Page(
@@ -614,15 +614,7 @@ def draw_clips(args: argparse.Namespace, footer: str) -> Page:
 def draw_video(args: argparse.Namespace, footer: str) -> Page:
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
     # as many as there are colours
-    shown = (
-        "encoder_1",
-        "encoder_2",
-        "divided_1",
-        "divided_2",
-        "report_1",
-        "report_2",
-        "repeats",
-    )
+    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "repeats")
     rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
     if not rows:
         raise FileNotFoundError("no row of video.py")
@@ -669,7 +661,7 @@ def captioner_of(args: argparse.Namespace) -> str:
 
 def draw_captions(args: argparse.Namespace, footer: str) -> Page:
     """Images with their captions, and what the fusion model and the control without text answer."""
-    who, names = captioner_of(args), data.class_names(args.data)
+    who, names = captioner_of(args), data.source(args.data).classes
     both, alone = (
         np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only")
     )
@@ -699,7 +691,7 @@ def draw_captions(args: argparse.Namespace, footer: str) -> Page:
 
 def draw_words(args: argparse.Namespace, footer: str) -> Page:
     """How the image's query shares its attention among the words of the caption."""
-    who, names = captioner_of(args), data.class_names(args.data)
+    who, names = captioner_of(args), data.source(args.data).classes
     stored = np.load(vit.arrays_path(args, f"fusion_{who}_tokens"))
     weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
     widths = {i: [max(52, 9 * len(word) + 14) for word in stored["words"][i].split(" ")] for i in rows}
@@ -780,8 +772,8 @@ def rows_of(args: argparse.Namespace) -> dict[str, dict]:
 
 def figures(args: argparse.Namespace) -> None:
     """Draw every figure whose inputs are there into out/figures."""
-    out, about = pathlib.Path(args.out), data.describe(args.data)
-    footer = f"{about['provenance']}; run {out.name}, seed {vit.read_results(out).get('seed', args.seed)}"
+    out, about = pathlib.Path(args.out), data.source(args.data)
+    footer = f"{about.provenance}; run {out.name}, seed {vit.read_results(out).get('seed', args.seed)}"
     for name, draw in FIGURES.items():
         try:
             page = draw(args, footer)
@@ -865,9 +857,9 @@ def movie(args: argparse.Namespace) -> None:
         right.append((guess == validation[1]).float().mean().item())
         print(f"{what}: nearest neighbours are right for {100 * right[-1]:.2f} %", flush=True)
 
-    names, side = data.class_names(args.data), int(maps[0].shape[1] ** 0.5)
+    names, side = data.source(args.data).classes, int(maps[0].shape[1] ** 0.5)
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    pictures, footer, frames = pixels(validation[0][shown].cpu()), data.describe(args.data)["provenance"], []
+    pictures, footer, frames = pixels(validation[0][shown].cpu()), data.source(args.data).provenance, []
     for f, (what, _) in enumerate(scenes):
         page = Page(
             900,
@@ -1115,7 +1107,7 @@ def main() -> None:
             stages[name](args)
 
     parser.set_defaults(run=run)
-    vit.command(parser)
+    vit.command(parser, data.source)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -186,6 +188,23 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, 
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 
+class Source(NamedTuple):
+    """A data set: how `load` reads it, and what tables and figures call it."""
+
+    name: str
+    classes: list[str]  # by label
+    provenance: str  # in one line: where the pixels come from
+    read: Callable  # split, limit -> images uint8 [n, 3, 32, 32], labels int64 [n]
+
+
+def source(data: str) -> Source:
+    """What --data names, a folder or the word "synthetic": the one place to change for other images."""
+    if data == "synthetic":
+        return Source("synthetic", SHAPES, "SYNTHETIC shapes drawn by data.py, not CIFAR-10", read_synthetic)
+    folder = find(data)
+    return Source("cifar10", CLASSES, provenance(folder), functools.partial(read_cifar10, folder))
+
+
 def load(
     data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,47 +214,46 @@ def load(
     validation   5,000, held out of the official training set, always the same: choose with these
     test        10,000, the official test set: for the final number only
 
-    `data` is a folder or the word "synthetic"; `limit` keeps so many images (None: all).
+    `data`: see `source`; `limit` keeps so many images (None: all).
     Raises SystemExit with one sentence on damaged or missing files.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be train, validation or test, not {split!r}")
-    if data == "synthetic":
-        size, first = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
-        parts = [
-            synthetic(min(limit or size, 5_000), seed=first + k)
-            for k in range(math.ceil(min(limit or size, size) / 5_000))
-        ]
-        images, labels = (torch.cat(p) for p in zip(*parts))  # drawn 5,000 at a time to keep memory small
-    elif split == "test":
-        images, labels = read_batches(find(data), ["test_batch.bin"])
-    else:
-        images, labels = read_batches(find(data), TRAIN_FILES)
-        order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-        order = order[:45_000] if split == "train" else order[45_000:]
-        images, labels = images[order], labels[order]
-    limit = limit or len(images)
+    images, labels = source(data).read(split, limit)
     return images[:limit].to(device), labels[:limit].to(device)
 
 
-def describe(data: str) -> dict[str, str]:
-    """The data set's short name, and in one line where its pixels come from, for tables and figures."""
-    if data == "synthetic":
-        return {"dataset": "synthetic", "provenance": "SYNTHETIC shapes drawn by data.py, not CIFAR-10"}
-    note = find(data) / "provenance.txt"  # written by `fetch`; put there by hand for files of another origin
+def read_cifar10(folder: pathlib.Path, split: str, limit: int | None):
+    """One split of the .bin files in `folder`, as `load`."""
+    if split == "test":
+        return read_batches(folder, ["test_batch.bin"])
+    images, labels = read_batches(folder, TRAIN_FILES)
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
+    order = order[:45_000] if split == "train" else order[45_000:]
+    return images[order], labels[order]
+
+
+def read_synthetic(split: str, limit: int | None):
+    """One split of drawn shapes, as `load`."""
+    size, first = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
+    number = min(limit or size, size)
+    # drawn 5,000 at a time to keep memory small
+    parts = [synthetic(min(number, 5_000), seed=first + k) for k in range(math.ceil(number / 5_000))]
+    images, labels = (torch.cat(part) for part in zip(*parts))
+    return images, labels
+
+
+def provenance(folder: pathlib.Path) -> str:
+    """Where the images in `folder` come from: its provenance.txt, by `fetch` or by hand, as one line."""
+    note = folder / "provenance.txt"
     if not note.exists():
-        return {"dataset": "cifar10", "provenance": "CIFAR-10 files found on disk, origin not known"}
+        return "CIFAR-10 files found on disk, origin not known"
     raw = note.read_bytes()
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")  # as Windows' shells write, like UTF-16
-    return {"dataset": "cifar10", "provenance": " ".join(text.split())}
-
-
-def class_names(data: str) -> list[str]:
-    """The ten class names, by label."""
-    return SHAPES if data == "synthetic" else CLASSES
+    return " ".join(text.split())
 
 
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -574,7 +592,7 @@ def main() -> None:
             f"{split}: {len(images):,} images, "
             f"{labels.bincount().min()} to {labels.bincount().max()} per class"
         )
-    print(f"{args.data}: {describe(args.data)['provenance']}")
+    print(f"{args.data}: {source(args.data).provenance}")
 
 
 if __name__ == "__main__":

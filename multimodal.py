@@ -355,8 +355,8 @@ def caption(args: argparse.Namespace) -> None:
     if args.seen and args.captioner == "blip":
         sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
     machine, out = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out)
-    about, classes = data.describe(args.data), data.class_names(args.data)
-    header = {"captioner": args.captioner, "dataset": about["dataset"]}
+    about = data.source(args.data)
+    header = {"captioner": args.captioner, "dataset": about.name}
     header |= {"beams": args.beams, "max_new_tokens": args.max_new_tokens}
     if args.captioner == "tiny":
         models = small_blips(out)
@@ -389,7 +389,7 @@ def caption(args: argparse.Namespace) -> None:
                     append_captions(path, split, new)
                     done |= {(split, i): c for i, c in new.items()}
                 progress.advance(len(batch))
-        named = torch.tensor([named_class(c, classes) for c in captions_of(done, split, len(labels))])
+        named = torch.tensor([named_class(c, about.classes) for c in captions_of(done, split, len(labels))])
         if split in ("train", "validation", args.split):  # test: only if asked
             row[f"{split}_right"] = (named == labels).float().mean().item()
             row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
@@ -627,7 +627,7 @@ def train_small_blip(
     machine: vit.Machine,
 ) -> None:
     """Train one fold's captioner on the images of all other folds; writes the folder out/tiny_blip_FOLD."""
-    classes = data.class_names(args.data)
+    classes = data.source(args.data).classes
     model, processor = small_blip(encoder, classes, args.enlarge)
     if args.frozen:  # the first blocks stay as they came: a step is cheaper, and few epochs teach more
         model.vision_model.embeddings.requires_grad_(False)
@@ -733,7 +733,7 @@ def tiny(args: argparse.Namespace) -> None:
         sys.exit(
             f"--enlarge {args.enlarge} is not a whole number of {encoder.config['patch_size']}-pixel patches"
         )
-    truth = sentences(images, labels, data.class_names(args.data))
+    truth = sentences(images, labels, data.source(args.data).classes)
     for fold in range(args.folds):
         train_small_blip(args, fold, encoder, images, truth, machine)
     train_small_clip(args, encoder, images, truth, machine)
@@ -770,9 +770,9 @@ def no_text(index: torch.Tensor) -> tuple[None, None]:
 def fuse(args: argparse.Namespace) -> None:
     """Fine-tune the video model with the cross-attention block, and train its controls, a row apiece."""
     header, captions, _ = read_captions(args.captions)
-    about = data.describe(args.data)
-    if header["dataset"] != about["dataset"]:
-        sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about['dataset']}")
+    about = data.source(args.data)
+    if header["dataset"] != about.name:
+        sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
     place, states, words, clip = read_embeddings(embeddings_path(args.out, args.captions))
@@ -963,7 +963,7 @@ def main() -> None:
     add("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
-    vit.command(parser)
+    vit.command(parser, data.source)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def finetune(args: argparse.Namespace) -> None:
         args,
         name,
         machine,
-        data.describe(args.data),
+        data.source(args.data),
         value=vit.accuracy(logits, labels),
         report=REPORTED.get(name),
         **run.summary(),
@@ -341,7 +341,7 @@ def probe(args: argparse.Namespace) -> None:
         row |= {"epochs": training.get("epoch", 0), "weights": vit.fingerprint(checkpoint)}
         row |= {"training": {metric: means[-1] for metric, means in training.get("history", {}).items()}}
         name = names[checkpoint]
-        vit.record(args, name, machine, data.describe(args.data), report=REPORTED.get(name), **row)
+        vit.record(args, name, machine, data.source(args.data), report=REPORTED.get(name), **row)
 
 
 def best_probe(read: dict[str, dict], labels: dict[str, torch.Tensor], final: str) -> dict:
@@ -405,7 +405,7 @@ def main() -> None:
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=finetune)
 
-    vit.command(parser)
+    vit.command(parser, data.source)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def train(args: argparse.Namespace) -> None:
             vit.arrays_path(args, name), **clips_for_the_figure(model, images, labels, args.frames)
         )
     row = {"report": REPORTED.get(name), "different": different} | run.summary()
-    vit.record(args, name, machine, data.describe(args.data), value=different[1], **row)
+    vit.record(args, name, machine, data.source(args.data), value=different[1], **row)
 
 
 def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames: int, machine: vit.Machine):
@@ -383,7 +383,7 @@ def main() -> None:
     add("--cutmix", type=float, default=0.0, help="share of steps mixed by CutMix (default: none)")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)
-    vit.command(p)
+    vit.command(p, data.source)
 
 
 if __name__ == "__main__":

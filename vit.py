@@ -697,16 +697,17 @@ def write_arrays(path: pathlib.Path, **arrays) -> None:
     write_file(path, buffer.getvalue())
 
 
-def record(args: argparse.Namespace, name: str, machine: Machine, about: dict, **row) -> None:
+def record(args: argparse.Namespace, name: str, machine: Machine, source, **row) -> None:
     """Put one row into results.json: `value` (a fraction), what else the row says, the command typed.
 
-    `about`: {"dataset", "provenance"}, from data.describe.
+    `source`: what data.source says of --data.
     """
     results = read_results(args.out)
     packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
     where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
     versions = {package: installed(package) for package in packages}
-    results |= about | where | {"versions": {"python": platform.python_version()} | versions}
+    results |= {"dataset": source.name, "provenance": source.provenance} | where
+    results |= {"versions": {"python": platform.python_version()} | versions}
     results["rows"][row_name(args, name)] = where | row | {"split": args.split, "command": typed()}
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
@@ -769,8 +770,9 @@ def training_arguments(epochs: int, lr: float, batch: int | None = None) -> argp
     return p
 
 
-def command(parser: argparse.ArgumentParser) -> None:
-    """Run the stage that the command line names; its parser has set `run` to the function."""
+def command(parser: argparse.ArgumentParser, source) -> None:
+    """Run the stage that the command line names; its parser has set `run` to the function. `source`:
+    data.source."""
     import filelock  # comes with torch
 
     args = parser.parse_args()
@@ -790,7 +792,7 @@ def command(parser: argparse.ArgumentParser) -> None:
         sys.exit(f"can't work in the folder {out}: {error.strerror}; choose another --out")
     try:
         held = read_results(out).get("dataset")
-        asked = "synthetic" if args.data == "synthetic" else "cifar10"
+        asked = source(args.data).name
         if held not in (None, asked):
             sys.exit(f"{out} holds results on {held} images, not {asked}; choose another --out or --data")
         if PROCESSES > 1 and not hasattr(args, "epochs"):

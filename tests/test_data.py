@@ -244,7 +244,7 @@ def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(
     assert [p.name for p in tmp_path.iterdir()] == ["d"] and [p.name for p in (tmp_path / "d").iterdir()] == [
         data.FOLDER
     ]
-    assert "SHA-256 checked" in data.describe(str(tmp_path / "d"))["provenance"]
+    assert "SHA-256 checked" in data.source(str(tmp_path / "d")).provenance
 
     train, validation, test = (data.load(str(tmp_path / "d"), s) for s in ("train", "validation", "test"))
     assert [len(s[1]) for s in (train, validation, test)] == [45_000, 5_000, 10_000]
@@ -375,7 +375,7 @@ def test_the_bin_files_are_found_under_another_name_and_pickles_are_refused(tmp_
 def test_a_note_on_provenance_is_read_as_any_shell_writes_it(tmp_path, encoding):
     (tmp_path / data.FOLDER).mkdir()
     (tmp_path / data.FOLDER / "provenance.txt").write_bytes("copie de l'été\r\n".encode(encoding))
-    assert data.describe(str(tmp_path))["provenance"] == "copie de l'été"
+    assert data.source(str(tmp_path)).provenance == "copie de l'été"
 
 
 def test_an_empty_data_folder_gets_one_sentence(tmp_path):

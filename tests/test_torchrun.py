@@ -115,12 +115,7 @@ def same_weights(a, b):
     for name, value in a.items():
         keys = torch.zeros(len(value) if value.ndim else 1, dtype=torch.bool)
         # keys: which of how many parts
-        kinds = {
-            "qkv.bias": (1, 3),
-            "in_proj_bias": (1, 3),
-            "kv.bias": (0, 2),
-            "key.bias": (0, 1),
-        }
+        kinds = {"qkv.bias": (1, 3), "in_proj_bias": (1, 3), "kv.bias": (0, 2), "key.bias": (0, 1)}
         for part, of in [where for kind, where in kinds.items() if name.endswith(kind)][:1]:
             keys.chunk(of)[part].fill_(True)
         found, expected = (x.reshape(len(keys), -1)[~keys] for x in (value, b[name]))
