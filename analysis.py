@@ -1,6 +1,6 @@
 """What was learned: similarity maps, CKA, every figure and the results table.
 
-    maps       where in the image is CLS' content found? cosine of CLS with the 16 patch tokens
+    maps       where in the image is CLS' content found? cosine of CLS with the patch tokens
     cka        how much does attention change CLS? linear CKA of the residual stream around each attention
     figures    draw every picture from the files that the stages left (seconds, no training)
     movie      similarity maps and nearest neighbours epoch by epoch, as a GIF
@@ -12,7 +12,7 @@ Depends on vit.py and data.py: copy this file with those two. For CKA alone, Str
     python analysis.py figures --out runs/mine
 
 Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA
-of layers). Pillow draws everything: a picture here is an array with text on it.
+of layers). Shape letters as in vit.py; also n images, L representations.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import pathlib
-import textwrap
+import statistics
+import sys
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 import data
 import vit
@@ -35,64 +38,59 @@ import vit
 # ------------------------------------------------------------------------------------------------------------
 
 
-def token_similarity(tokens: torch.Tensor) -> torch.Tensor:
+def token_similarity(tokens: Tensor) -> Tensor:
     """Cosine of every token with every other: [B, T, D] -> [B, T, T]; row 0 holds CLS' map."""
     unit = torch.nn.functional.normalize(tokens, dim=-1)
-    return unit @ unit.transpose(1, 2)
+    return unit @ unit.transpose(1, 2)  # [B, T, T]
 
 
-def focus(maps: torch.Tensor) -> dict[str, float]:
-    """How concentrated CLS-patch maps [n, N] are, averaged over images; a cosine map is no distribution, so
+def focus(cosines: Tensor) -> dict[str, float]:
+    """How concentrated CLS-patch maps [n, N] are, averaged over images. A cosine map is no distribution, so
     it is shifted to a minimum of 0 and scaled to a sum of 1, as the eye does with a colour scale.
 
     entropy: of that distribution, as a share of its maximum log N (1: spread evenly, 0: all on one patch)
     best_quarter: mass on the N/4 strongest patches (0.25: spread evenly)
     peak: the largest cosine itself; spread: the cosines' standard deviation within an image
     """
-    mass = maps - maps.min(dim=1, keepdim=True).values
+    N = cosines.shape[1]
+    mass = cosines - cosines.min(dim=1, keepdim=True).values
     mass = mass / mass.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    N = maps.shape[1]
-    entropy = torch.special.entr(mass).sum(dim=1) / np.log(N)
-    best = mass.topk(N // 4, dim=1).values.sum(dim=1)
-    found = {
-        "entropy": entropy,
-        "best_quarter": best,
-        "peak": maps.max(dim=1).values,
-        "spread": maps.std(dim=1),
-    }
+    entropy = torch.special.entr(mass).sum(dim=1) / math.log(N)  # [n]
+    best_quarter = mass.topk(N // 4, dim=1).values.sum(dim=1)  # [n]
+    peak, spread = cosines.max(dim=1).values, cosines.std(dim=1)  # [n] each
+    found = {"entropy": entropy, "best_quarter": best_quarter, "peak": peak, "spread": spread}
     return {name: values.mean().item() for name, values in found.items()}
 
 
+def measuring_machine(args: argparse.Namespace) -> vit.Machine:
+    """The machine, in float32 unless another precision is asked for: here it is not speed that counts."""
+    return vit.Machine(args.device, "float32" if args.precision == "auto" else args.precision, args.seed)
+
+
 def maps(args: argparse.Namespace) -> None:
-    """Measure CLS-patch similarity over a split, before and after fine-tuning; keep some for the figure."""
-    stored = vit.arrays_path(args, "maps")
-    if stored.exists() and vit.measured(args, "maps_after", args.before, args.after):
+    """Measure CLS-patch similarity in two encoders, --before and --after; keep some maps for the figure."""
+    name = args.name or "maps"
+    stored = vit.arrays_path(args, name)
+    if stored.exists() and vit.measured(args, f"{name}_after", args.before, args.after):
         return
-    machine = vit.Machine(args.device, args.precision, args.seed)
+    machine = measuring_machine(args)
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    # the first image of each class
-    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])
-    arrays, measured = {"images": images[shown], "labels": labels[shown]}, {}
+    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # the first of each class
+    arrays, rows = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder = vit.load_encoder(path).to(machine.device).eval()
-        with torch.no_grad():
-            # [n, T, T]
-            similarity = torch.cat(
-                [token_similarity(encoder(x.float() / 255)).cpu() for x in images.split(machine.eval_batch)]
-            )
-        arrays[when], measured[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
+        found = []
+        for x in images.split(machine.eval_batch):
+            with torch.no_grad(), machine.autocast():
+                tokens = encoder(x.float() / 255)
+            found.append(token_similarity(tokens.float()).cpu())
+        similarity = torch.cat(found)  # [n, T, T]
+        arrays[when], rows[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
-    for when, row in measured.items():
-        vit.record(
-            args,
-            f"maps_{when}",
-            machine,
-            data.source(args.data),
-            value=row.pop("entropy"),
-            **row,
-            precision="float32",
-            weights=vit.fingerprint(args.before, args.after),
-        )
+    weights = vit.fingerprint(args.before, args.after)
+    for when, row in rows.items():
+        row["value"] = row.pop("entropy")
+        vit.record(args, f"{name}_{when}", machine, data.source(args.data), weights=weights, **row)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,7 +117,7 @@ class StreamingCKA:
     def __init__(self):
         self.n = 0
 
-    def add(self, *representations: torch.Tensor) -> None:
+    def add(self, *representations: Tensor) -> None:
         """One batch: L tensors [b, D_l], rows belonging to the same images. float64 inside, on the CPU."""
         z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
         if self.n == 0:
@@ -135,12 +133,10 @@ class StreamingCKA:
         self.n += len(z)
         self.sums = [old + new for old, new in zip(self.sums, (z.sum(dim=0), z.T @ z, a.T @ z, a.T @ a))]
 
-    def result(self, debiased: bool = False) -> torch.Tensor:
+    def result(self, debiased: bool = False) -> Tensor:
         """CKA of every pair: [L, L]; nan in the row and column of a representation that is the same for all
-        images, or holds a nan.
-
-        Raises ValueError with fewer than four images, for which the debiased estimate is not defined.
-        """
+        images, or holds a nan. Raises ValueError with fewer than four images, for which the debiased estimate
+        is not defined."""
         if self.n < 4:
             raise ValueError(f"CKA needs at least 4 images, not {self.n}")
         n, L = self.n, len(self.widths)
@@ -152,636 +148,576 @@ class StreamingCKA:
         if debiased:
             s, az = s.split(self.widths), [row.split(self.widths) for row in az]
             # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
-            total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L] 1^T K~ 1
-            # 1^T K~ L~ 1
-            rows = _pairs(
-                L, lambda i, j: s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
-            )
+            total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L], 1^T K~ 1
+
+            def row_sums(i: int, j: int) -> Tensor:  # 1^T K~ L~ 1
+                return s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
+
             # hsic - aa: tr(K~ L~)
-            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
+            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2))
+            hsic = hsic - 2 / (n - 2) * _pairs(L, row_sums)
         scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
         varies = scale > 1e-20 * n * self.largest.square()  # each against its own size: CKA ignores scale
         scale = torch.where(varies, scale, torch.nan)
         return hsic / torch.outer(scale, scale)
 
 
-def _pairs(number: int, entry) -> torch.Tensor:
+def _pairs(number: int, entry) -> Tensor:
+    """The matrix [number, number] of entry(i, j)."""
     return torch.stack([torch.stack([entry(i, j) for j in range(number)]) for i in range(number)])
 
 
 def cka(args: argparse.Namespace) -> None:
-    """CKA of CLS across attention, before and after fine-tuning; the whole layer-by-layer matrix for the
-    figure.
+    """CKA of CLS between places within an encoder, for two encoders, --before and --after fine-tuning; the
+    whole place-by-place matrix goes to the figure.
 
     The report compares CLS before and after the last self-attention block, which can be read in two ways:
-    across the attention's residual sum (the row's value), or across the whole block with its MLP
-    ("whole_block").
+    across the attention's residual sum (the row's value), or across the block with its MLP ("whole_block").
     """
-    stored = vit.arrays_path(args, "cka")
-    if stored.exists() and vit.measured(args, "cka_after", args.before, args.after):
+    name = args.name or "cka"
+    stored = vit.arrays_path(args, name)
+    if stored.exists() and vit.measured(args, f"{name}_after", args.before, args.after):
         return
-    machine = vit.Machine(args.device, args.precision, args.seed)
+    machine = measuring_machine(args)
     images, _ = data.load(args.data, args.split, machine.device, args.limit)
     if len(images) < 4:
-        raise SystemExit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
-    arrays = {}
+        sys.exit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
+    arrays = {"images": len(images)}
     for when, path in (("before", args.before), ("after", args.after)):
         encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
         for x in images.split(machine.eval_batch):
             trace = []
-            with torch.no_grad():
+            with torch.no_grad(), machine.autocast():
                 encoder(x.float() / 255, trace)
             stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
             streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
-        # [L, L]
-        arrays[f"{when}_biased"], arrays[f"{when}_debiased"] = (
-            streaming.result(),
-            streaming.result(debiased=True),
-        )
+        arrays[f"{when}_biased"] = streaming.result()  # [L, L]
+        arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [L, L]
     vit.write_arrays(stored, **arrays)
-    for when, reported in (("before", 0.8698), ("after", 0.7353)):
-        biased, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
-        steps = {
-            name: debiased.diagonal(places)[::2].tolist()
-            for name, places in (("attentions", 1), ("blocks", 2))
-        }
-        # JSON has no nan
-        steps = {name: [None if np.isnan(v) else v for v in values] for name, values in steps.items()}
-        vit.record(
-            args,
-            f"cka_{when}",
-            machine,
-            data.source(args.data),
-            value=biased[-3, -2].item(),
-            report=reported,
-            debiased=debiased[-3, -2].item(),
-            whole_block=biased[-3, -1].item(),
-            whole_block_debiased=debiased[-3, -1].item(),
-            **steps,
-            precision="float32",
-            weights=vit.fingerprint(args.before, args.after),
-        )
+    weights = vit.fingerprint(args.before, args.after)
+    for when in ("before", "after"):
+        plain, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
+        row = {"value": plain[-3, -2].item(), "debiased": debiased[-3, -2].item()}
+        row |= {"whole_block": plain[-3, -1].item(), "whole_block_debiased": debiased[-3, -1].item()}
+        for steps, distance in (("attentions", 1), ("blocks", 2)):  # of every block
+            values = debiased.diagonal(distance)[::2].tolist()
+            row[steps] = [None if math.isnan(v) else v for v in values]  # JSON has no nan
+        row |= {"images": len(images), "weights": weights}
+        vit.record(args, f"{name}_{when}", machine, data.source(args.data), **row)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Drawing with Pillow: a page with a title, a caption and a footer that says where the pixels come from
+# Drawing: a figure is boxes (Pillow images) in rows and columns, and `grid` puts them there
 # ------------------------------------------------------------------------------------------------------------
 
-INK, GREY, PAPER = (30, 30, 36), (120, 120, 128), (255, 255, 255)
-LINES = [
-    (31, 119, 180),
-    (214, 96, 20),
-    (44, 140, 60),
-    (148, 80, 180),
-    (200, 40, 60),
-    (120, 110, 40),
-    (60, 160, 170),
-]
-VIRIDIS = np.array(
-    [
-        [68, 1, 84],
-        [71, 44, 122],
-        [59, 81, 139],
-        [44, 113, 142],
-        [33, 144, 141],
-        [39, 173, 129],
-        [92, 200, 99],
-        [170, 220, 50],
-        [253, 231, 37],
-    ]
-)
-
-
-class Page:
-    """A white page; everything is drawn at pixel coordinates, text in the font that Pillow brings."""
-
-    def __init__(self, width: int, height: int, title: str, caption: str, footer: str):
-        self.image = Image.new("RGB", (width, height + 118), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-        self.text(24, 16, title, size=24)
-        for k, line in enumerate(caption.split("\n")):
-            self.text(24, 48 + 19 * k, line, size=14, ink=GREY)
-        letters = (width - 48) // 6  # a letter is about 6 pixels wide
-        for k, line in enumerate(textwrap.wrap(footer, letters)[:2]):
-            self.text(24, height + 86 + 15 * k, line, size=12, ink=GREY)
-        self.top = 58 + 19 * len(caption.split("\n"))
-
-    def text(self, x: float, y: float, text: str, size: int = 13, ink=INK, anchor: str = "la") -> None:
-        """`anchor` as in Pillow: la left-top, ma middle-top, mm middle-middle, rm right-middle."""
-        self.draw.text((x, y), text, fill=ink, font=ImageFont.load_default(size), anchor=anchor)
-
-    def paste(self, picture: np.ndarray, x: int, y: int, size: int, smooth: bool = False) -> None:
-        """An array [S, S, 3] of 0..255 as a square of `size` pixels."""
-        picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-        self.image.paste(
-            picture.resize((size, size), Image.BICUBIC if smooth else Image.NEAREST), (int(x), int(y))
-        )
-
-    def scale_bar(self, x: int, y: int, width: int, low: float, high: float, label: str) -> None:
-        """The legend of `colour`: a horizontal bar from low to high."""
-        self.image.paste(
-            Image.fromarray(colour(np.linspace(0, 1, width)[None].repeat(12, 0)).astype(np.uint8)), (x, y)
-        )
-        self.text(x - 6, y + 6, f"{low:.2f}", 12, anchor="rm")
-        self.text(x + width + 6, y + 6, f"{high:.2f}   {label}", 12, anchor="lm")
-
-    def chart(
-        self,
-        box: tuple,
-        lines: dict[str, list],
-        title: str,
-        percent: bool = False,
-        ticks: dict[int, str] | None = None,
-        below: str = "epoch",
-    ) -> None:
-        """Curves over 1, 2, 3, ..., with axes and legend; box: x, y, width, height; ticks: place -> label."""
-        x0, y0, w, h = box
-        values = [v for line in lines.values() for v in line]
-        low, high = min(values), max(values)
-        high, low = high + 0.05 * (high - low + 1e-9), low - 0.05 * (high - low + 1e-9)
-        high = min(high, 1) if percent else high
-        longest = max(map(len, lines.values()))
-        self.text(x0, y0 - 24, title, 15)
-        for k in range(5):
-            y = y0 + h - h * k / 4
-            self.draw.line([(x0, y), (x0 + w, y)], fill=(228, 228, 232))
-            v = low + (high - low) * k / 4
-            self.text(x0 - 6, y, f"{100 * v:.0f} %" if percent else f"{v:.2f}", 12, GREY, "rm")
-        for place, label in (ticks or {k: str(k) for k in (1, (longest + 1) // 2, longest)}).items():
-            self.text(x0 + w * (place - 1) / max(1, longest - 1), y0 + h + 6, label, 12, GREY, "ma")
-        self.text(x0 + w / 2, y0 + h + 20, below, 12, GREY, "ma")
-        for k, (name, line) in enumerate(lines.items()):
-            at = [
-                (x0 + w * i / max(1, longest - 1), y0 + h - h * (v - low) / (high - low))
-                for i, v in enumerate(line)
-            ]
-            ink = LINES[k % len(LINES)]
-            self.draw.line(at, fill=ink, width=2)
-            self.draw.ellipse([at[-1][0] - 3, at[-1][1] - 3, at[-1][0] + 3, at[-1][1] + 3], fill=ink)
-            self.text(x0 + w + 14, y0 + 18 * k, name, 13, ink)
-
-    def heat_map(
-        self, matrix: np.ndarray, x: int, y: int, cell: int, labels: list[str], low=0.0, high=1.0
-    ) -> None:
-        """A square matrix in colour, row labels left, column labels below, entries in the cells."""
-        for i, row in enumerate(matrix):
-            for j, v in enumerate(row):
-                at = [x + j * cell, y + i * cell, x + (j + 1) * cell - 1, y + (i + 1) * cell - 1]
-                share = (v - low) / (high - low)
-                fill = (230, 230, 230) if np.isnan(v) else tuple(int(c) for c in colour(np.array(share)))
-                self.draw.rectangle(at, fill=fill)
-                if not np.isnan(v):
-                    entry = f"{v:.0f}" if high > 1 else f"{v:.2f}".replace("0.", ".")
-                    self.text(
-                        at[0] + cell / 2, at[1] + cell / 2, entry, 11, INK if share > 0.6 else PAPER, "mm"
-                    )
-            self.text(x - 6, y + (i + 0.5) * cell, labels[i], 12, anchor="rm")
-            self.text(
-                x + (i + 0.5) * cell, y + len(matrix) * cell + 6 + 13 * (i % 2), labels[i], 12, anchor="ma"
-            )
+Box = Image.Image
+INK, GREY, LIGHT, PAPER = (30, 30, 36), (110, 110, 118), (226, 226, 230), (255, 255, 255)
+# colours that colour-blind readers can tell apart (Okabe and Ito 2008), and two more
+BLUE, ORANGE, GREEN, PINK = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167)
+COLOURS = [BLUE, ORANGE, GREEN, PINK, (230, 159, 0), (86, 180, 233), (90, 90, 90), (140, 86, 75)]
+VIRIDIS = "440154 472c7a 3b518b 2c718e 21908d 27ad81 5cc863 aadc32 fde725"
 
 
 def colour(x: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1], any shape, to viridis colours [..., 3] in 0..255."""
-    at = np.clip(np.nan_to_num(x), 0, 1) * (len(VIRIDIS) - 1)
-    low = np.minimum(at.astype(int), len(VIRIDIS) - 2)
-    return VIRIDIS[low] + (at - low)[..., None] * (VIRIDIS[low + 1] - VIRIDIS[low])
+    anchors = np.array([list(bytes.fromhex(code)) for code in VIRIDIS.split()])  # [9, 3]
+    at = np.clip(np.nan_to_num(x), 0, 1) * (len(anchors) - 1)
+    low = np.minimum(at.astype(int), len(anchors) - 2)
+    return anchors[low] + (at - low)[..., None] * (anchors[low + 1] - anchors[low])
 
 
-def pixels(images: torch.Tensor | np.ndarray) -> np.ndarray:
-    """[..., 3, S, S], uint8 or floats in [0, 1] -> [..., S, S, 3] in 0..255 for Page.paste."""
+def pixels(images: Tensor | np.ndarray) -> np.ndarray:
+    """[..., 3, S, S], uint8 or floats in [0, 1] -> [..., S, S, 3] in 0..255."""
     images = np.asarray(images)
-    return np.moveaxis(images.astype(float) * (1 if images.dtype == np.uint8 else 255), -3, -1)
+    scale = 1 if images.dtype == np.uint8 else 255
+    return np.moveaxis(images.astype(float) * scale, -3, -1)
 
 
-def draw_patches(args: argparse.Namespace, footer: str) -> Page:
-    """The report's first figure: set A, and what becomes of its patches."""
-    images, _ = data.load(args.data, "validation", limit=4)
+def picture(array: np.ndarray, size: int, frame: tuple | None = None, smooth: bool = False) -> Box:
+    """An array [S, S, 3] of 0..255 as a square box of `size` pixels, in a frame of that colour."""
+    box = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
+    inner = size - 6 if frame else size
+    box = box.resize((inner, inner), Image.BICUBIC if smooth else Image.NEAREST)
+    return ImageOps.expand(box, 3, frame) if frame else box
+
+
+def text(words: str, size: int = 13, ink=INK, width: int | None = None, align="l", paper=PAPER) -> Box:
+    """Words as a box. With a `width` in pixels they are wrapped to it; align: l left, m middle, r right."""
+    font, lines = ImageFont.load_default(size), []
+    for paragraph in words.split("\n"):
+        lines.append("")
+        for word in paragraph.split(" "):
+            longer = f"{lines[-1]} {word}" if lines[-1] else word
+            if width and lines[-1] and font.getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+    width = width or math.ceil(max(font.getlength(line) for line in lines)) + 1
+    height = round(1.35 * size)
+    box = Image.new("RGB", (width, height * len(lines)), paper)
+    for k, line in enumerate(lines):
+        x = {"l": 0, "m": width / 2, "r": width}[align]
+        ImageDraw.Draw(box).text((x, height * k), line, fill=ink, font=font, anchor=f"{align}a")
+    return box
+
+
+def answer(words: str, right: bool, width: int | None = None, align="l") -> Box:
+    """What a model said: blue if right, else orange and with an x, for who can't tell the two apart."""
+    return text(words if right else f"x {words}", 13, BLUE if right else ORANGE, width, align)
+
+
+def grid(rows: list[list[Box | None]], gap: int = 8, x: float = 0.5, y: float = 0.5) -> Box:
+    """Boxes in rows and columns as one box; x, y: where in its cell a box lies, 0 left or top, 1 right or
+    bottom. None leaves a cell empty."""
+    columns = max(map(len, rows))
+    widths, heights = [0] * columns, [0] * len(rows)
+    for r, row in enumerate(rows):
+        for c, box in enumerate(row):
+            if box:
+                widths[c], heights[r] = max(widths[c], box.width), max(heights[r], box.height)
+    whole = Image.new("RGB", (sum(widths) + gap * (columns - 1), sum(heights) + gap * (len(rows) - 1)), PAPER)
+    for r, row in enumerate(rows):
+        for c, box in enumerate(row):
+            if box:
+                left, top = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
+                left += round(x * (widths[c] - box.width))
+                whole.paste(box, (left, top + round(y * (heights[r] - box.height))))
+    return whole
+
+
+def page(title: str, caption: str, body: Box, footer: str) -> Box:
+    """A whole figure: what it is, how to read it, the figure itself, where its pixels come from."""
+    width = max(body.width, 760)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in caption.split("\n\n")]
+    head, foot = text("\n".join(paragraphs), 14, GREY, width), text(footer, 12, GREY, width)
+    return ImageOps.expand(grid([[text(title, 22)], [head], [body], [foot]], 14, x=0), 24, PAPER)
+
+
+def scale_bar(low: float, high: float, label: str) -> Box:
+    """The legend of `colour`."""
+    bar = Image.fromarray(colour(np.linspace(0, 1, 240)[None].repeat(12, 0)).astype(np.uint8))
+    return grid([[text(f"{low:.2f}", 12), bar, text(f"{high:.2f}   {label}", 12)]])
+
+
+def round_ticks(low: float, high: float, most: int = 6) -> np.ndarray:
+    """Up to `most` round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
+def chart(
+    title: str, lines: dict[str, list], below="epoch", percent=False, places=None, inks=None, span=None
+) -> Box:
+    """Curves over 1, 2, 3, ... with axes and a legend. places: labels of these numbers; inks: line -> colour;
+    span: (number of places, lowest, highest value), where it shall not be as the lines need it."""
+    inks = inks or dict(zip(lines, COLOURS))
+    values = [value for line in lines.values() for value in line]
+    margin = max(0.05 * (max(values) - min(values)), 0.01)
+    end, low, high = span or (max(map(len, lines.values())), min(values) - margin, max(values) + margin)
+    width, height, left, font = 300, 180, 56, ImageFont.load_default(12)
+    box = Image.new("RGB", (left + width + 20, height + 30), PAPER)
+    draw = ImageDraw.Draw(box)
+
+    def at(place: float, value: float) -> tuple[float, float]:
+        """Where in the box a point lies."""
+        right = left + width * (place - 1) / max(1, end - 1)
+        return right, 6 + height * (high - value) / (high - low)
+
+    for value in round_ticks(low, high):
+        draw.line([at(1, value), at(end, value)], fill=LIGHT)
+        label = f"{100 * value:g} %" if percent else f"{value:g}"
+        draw.text((left - 6, at(1, value)[1]), label, fill=GREY, font=font, anchor="rm")
+    if places is None:
+        places = {round(place): f"{place:g}" for place in round_ticks(1, max(end, 2), 7) if place % 1 == 0}
+    for place, label in places.items():
+        draw.text((at(place, low)[0], height + 12), label, fill=GREY, font=font, anchor="ma")
+    for name, line in lines.items():
+        points = [at(k + 1, value) for k, value in enumerate(line)]
+        draw.line(points, fill=inks[name], width=2)
+        x, y = points[-1]
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=inks[name])
+    legend = grid([[text(name, ink=inks[name])] for name in lines], 2, x=0)
+    return grid([[text(title, 15), None], [box, legend], [text(below, 12, GREY), None]], 4)
+
+
+def bars(rows: list[tuple], low: float, high: float) -> Box:
+    """Horizontal bars from `low` on; rows: (label, value, text behind the bar, colour)."""
+    labels = max(text(label).width for label, *_ in rows)
+    lines = []
+    for label, value, behind, ink in rows:
+        bar = Image.new("RGB", (max(1, round(380 * (value - low) / (high - low))), 24), ink)
+        lines.append([text(label, width=labels, align="r"), grid([[bar, text(behind)]])])
+    return grid(lines, 10, x=0)
+
+
+def matrix(values: np.ndarray, labels: list[str], cell: int, high: float, framed=()) -> Box:
+    """A square matrix in colour from 0 to `high`, entries in the cells; framed: cells (i, j) to point out."""
+    rows = []
+    for i, row in enumerate(values):
+        rows.append([text(labels[i], 12)])
+        for j, value in enumerate(row):
+            shade = LIGHT if np.isnan(value) else tuple(colour(np.array(value / high)).astype(int))
+            box = Image.new("RGB", (cell, cell), shade)
+            draw = ImageDraw.Draw(box)
+            if not np.isnan(value):
+                entry = f"{value:.0f}" if high > 1 else f"{value:.2f}".replace("0.", ".")
+                ink, font = INK if value > 0.6 * high else PAPER, ImageFont.load_default(11)
+                draw.text((cell / 2, cell / 2), entry, fill=ink, font=font, anchor="mm")
+            if (i, j) in framed:
+                draw.rectangle([0, 0, cell - 1, cell - 1], outline=ORANGE, width=3)
+            rows[-1].append(box)
+    return grid([*rows, [None, *(text(label, 12) for label in labels)]], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The figures: each function returns a title, a caption that says how to read it, and the body
+# ------------------------------------------------------------------------------------------------------------
+
+
+def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
+    """Two images for each of the four angles, 0 to 270 degrees twice over, augmented as Model M sees them:
+    images, augmented images [8, 3, S, S] each, masked, turned patches [8, M] each, angles [8]."""
+    images, _ = data.load(args.data, "validation", limit=200)
     images = images.float() / 255
-    augmented, masked, rotated, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed))
-    page = Page(
-        860,
-        740,
-        "Patch augmentation",
-        "An image is 16 patches of 8x8 pixels. Eight at random are set A: four are "
-        "blacked out, four turned by one angle\n(counter-clockwise). Model M names the angle and repaints "
-        "the black "
-        "patches, so it needs no labels.",
-        footer,
-    )
-    for i in range(len(images)):
-        y = page.top + 20 + 175 * i
-        for x, picture in ((24, images), (230, images), (436, augmented)):
-            page.paste(pixels(picture[i]), x, y, 160)
-        for indices, ink, x0 in ((masked[i], (255, 90, 60), 230), (rotated[i], (70, 210, 255), 230)):
-            for p in indices.tolist():
-                x, top = x0 + 40 * (p % 4), y + 40 * (p // 4)
-                page.draw.rectangle([x, top, x + 39, top + 39], outline=ink, width=3)
-                page.draw.rectangle([x, top, x + 21, top + 17], fill=ink)
-                page.text(x + 11, top + 9, str(p), 13, INK, "mm")
-        page.text(630, y + 20, f"masked   {masked[i].tolist()}", 15, (215, 70, 40))
-        page.text(630, y + 50, f"rotated  {rotated[i].tolist()}", 15, (20, 130, 180))
-        page.text(630, y + 80, f"by  {90 * angle[i].item()} degrees", 15, (20, 130, 180))
-    for x, name in ((24, "image"), (230, "set A, by patch index"), (436, "what Model M sees")):
-        page.text(x, page.top, name, 14)
-    return page
+    quarter = (images.shape[-1] // patch) ** 2 // 4
+    drawn = data.patch_augment(images, torch.Generator().manual_seed(args.seed), patch, quarter, quarter)
+    angle = drawn[-1]
+    first_and_last = [(angle == k).nonzero()[[0, -1], 0] for k in range(4)]
+    chosen = torch.stack(first_and_last, dim=1).flatten()  # [2, 4] -> [8]
+    return tuple(x[chosen] for x in (images, *drawn))
 
 
-def draw_reconstruction(args: argparse.Namespace, footer: str) -> Page:
+def outlined(image: np.ndarray, size: int, patches: dict[int, tuple]) -> Box:
+    """An image [S, S, 3] of 16 patches; patches: index -> the colour in which it is framed and numbered."""
+    box, side = picture(image, size), size // 4
+    draw = ImageDraw.Draw(box)
+    for p, ink in patches.items():
+        x, y = side * (p % 4), side * (p // 4)
+        draw.rectangle([x, y, x + side - 1, y + side - 1], outline=ink, width=3)
+        draw.rectangle([x, y, x + 20, y + 16], fill=ink)
+        draw.text((x + 10, y + 9), str(p), fill=PAPER, font=ImageFont.load_default(13), anchor="mm")
+    return box
+
+
+def draw_patches(args: argparse.Namespace):
+    """The report's first figure: set A, and what becomes of its patches."""
+    images, augmented, masked, turned, angle = task_examples(args, 8)
+    rows = [[text("the image", 14), text("set A, patches by number", 14), text("what Model M sees", 14)]]
+    for i in range(4):
+        black, moved = masked[i].tolist(), turned[i].tolist()
+        about = [text(f"blacked out: {black}", 14, ORANGE), text(f"turned: {moved}", 14, BLUE)]
+        about += [text(f"by {90 * angle[i].item()}°", 14, BLUE)]
+        inks = dict.fromkeys(black, ORANGE) | dict.fromkeys(moved, BLUE)
+        image = pixels(images[i])
+        boxes = [picture(image, 160), outlined(image, 160, inks), picture(pixels(augmented[i]), 160)]
+        rows.append([*boxes, grid([[line] for line in about], x=0)])
+    caption = """An image is 16 patches of 8x8 pixels. Eight at random are set A: four are blacked out,
+    four turned by one angle, counter-clockwise: 0°, 90°, 180° or 270°. Model M names the angle and
+    repaints the black patches, so it needs no labels."""
+    return "Patch augmentation", caption, grid(rows, 16)
+
+
+def draw_reconstruction(args: argparse.Namespace):
     """What Model M answers: the black patches repainted, and the angle."""
     state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
     model = vit.ModelM(vit.ViT(**state["config"]), projector="projector.0.weight" in state["model"]).eval()
     model.load_state_dict(state["model"])
     patch = state["config"]["patch_size"]
-    images, _ = data.load(args.data, "validation", limit=8)
-    images = images.float() / 255
-    augmented, masked, _, angle = data.patch_augment(images, torch.Generator().manual_seed(args.seed), patch)
+    images, augmented, masked, _, angle = task_examples(args, patch)
     with torch.no_grad():
         logits, painted, _ = model(augmented, masked)
-    patches = data.patchify(augmented, patch)  # [B, N, 3, P, P]
-    painted = painted.view(*masked.shape, *patches.shape[2:]) * 0.25 + 0.5  # vit.standardise undone
-    patches[torch.arange(len(images))[:, None], masked] = painted
-    page = Page(
-        960,
-        410,
-        "Model M at work",
-        "Top: the input, four patches black and four turned. Middle: the same with M's "
-        "guess for the black patches (it minimises\nthe squared error, so it paints the average of what "
-        "could be "
-        "there: blur). Bottom: the image. Below it the angle.",
-        footer,
-    )
-    for i in range(len(images)):
-        for row, picture in enumerate((augmented, data.unpatchify(patches), images)):
-            page.paste(pixels(picture[i]), 24 + 116 * i, page.top + 116 * row, 110)
-        right = logits[i].argmax() == angle[i]
-        page.text(24 + 116 * i, page.top + 350, f"angle {90 * angle[i].item()}", 13)
-        page.text(
-            24 + 116 * i,
-            page.top + 367,
-            f"M says {90 * logits[i].argmax().item()}",
-            13,
-            LINES[2] if right else LINES[4],
-        )
-    return page
-
-
-def draw_maps(args: argparse.Namespace, footer: str) -> Page:
-    """CLS-patch similarity on some images, before and after fine-tuning, in one colour scale."""
-    stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
-    names, side = data.source(args.data).classes, int((stored["before"].shape[1] - 1) ** 0.5)
-    sides = {
-        when: stored[when][:, 0, 1:].reshape(len(stored["labels"]), side, side)
-        for when in ("before", "after")
-    }
-    low, high = min(s.min() for s in sides.values()), max(s.max() for s in sides.values())
-    focus_text = {
-        when: ", ".join(
-            f"{k.replace('_', ' ')} {rows[f'maps_{when}'][v]:.3f}"
-            for k, v in (("entropy", "value"), ("best_quarter", "best_quarter"), ("peak", "peak"))
-        )
-        for when in sides
-    }
-    page = Page(
-        980,
-        600,
-        "Where is CLS' content? Cosine of the CLS token with each patch token",
-        "One row each for the image, the map before and after fine-tuning, the map laid over the image; "
-        "same colours in all. Over the\n"
-        f"whole {rows['maps_after']['split']} split:  before: {focus_text['before']};  after: "
-        f"{focus_text['after']}.",
-        footer,
-    )
-    order = ["image", "before", "before,\nover it", "after", "after,\nover it"]
-    for r, label in enumerate(order):
-        page.text(14, page.top + 46 + 106 * r, label, 13)
-    for i, image in enumerate(pixels(stored["images"])):
-        x = 84 + 89 * i
-        page.text(x + 42, page.top - 4, names[stored["labels"][i]], 13, anchor="ma")
-        page.paste(image, x, page.top + 18, 84)
-        for r, when in ((1, "before"), (3, "after")):
-            small = Image.fromarray(((sides[when][i] - low) / (high - low)).astype(np.float32))
-            heat = colour(np.asarray(small.resize((32, 32), Image.BILINEAR)))  # the report's 4x4 -> 32x32
-            page.paste(heat, x, page.top + 18 + 106 * r, 84, smooth=True)
-            page.paste(
-                0.45 * image.mean(axis=-1, keepdims=True) + 0.55 * heat, x, page.top + 18 + 106 * (r + 1), 84
-            )
-    page.scale_bar(360, page.top + 560, 240, low, high, "cosine with CLS")
-    return page
-
-
-def draw_tokens(args: argparse.Namespace, footer: str) -> Page:
-    """The whole token-by-token similarity matrix of three images."""
-    stored = np.load(vit.arrays_path(args, "maps"))
-    page = Page(
-        960,
-        615,
-        "Every token against every token",
-        f"Cosine between the {stored['before'].shape[1]} tokens, CLS first, then the patches row by row; "
-        "above before, below after fine-tuning.\nSquares along the diagonal are rows of the image; lines "
-        "parallel to it join patches above each other.",
-        footer,
-    )
-    low, names = min(stored[w].min() for w in ("before", "after")), data.source(args.data).classes
-    for i, label in enumerate(stored["labels"][:3]):
-        page.text(80 + 290 * i + 127, page.top, names[label], 14, anchor="ma")
-    for r, when in enumerate(("before", "after")):
-        page.text(14, page.top + 130 + 270 * r, when, 14)
-        for i in range(min(3, len(stored["labels"]))):
-            page.paste(
-                colour((stored[when][i] - low) / (1 - low)), 80 + 290 * i, page.top + 20 + 270 * r, 255
-            )
-    page.scale_bar(330, page.top + 565, 240, low, 1.0, "cosine")
-    return page
-
-
-def draw_cka(args: argparse.Namespace, footer: str) -> Page:
-    """Layer-by-layer CKA of CLS, before and after fine-tuning."""
-    stored, rows = np.load(vit.arrays_path(args, "cka")), rows_of(args)
-    depth = len(stored["before_biased"]) // 2
-    labels = ["in"] + [f"{n}{k}" for k in range(1, depth + 1) for n in "am"]
-    texts = {
-        w: f"{w} fine-tuning; last attention: {rows[f'cka_{w}']['value']:.4f} "
-        f"(debiased {rows[f'cka_{w}']['debiased']:.4f}), "
-        f"last block: {rows[f'cka_{w}']['whole_block']:.4f}"
-        for w in ("before", "after")
-    }
-    page = Page(
-        1000,
-        545,
-        "Linear CKA of the CLS token along the network",
-        "The residual stream after each attention (a1, a2, ...) and each "
-        "MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common.\nGrey: CLS "
-        "enters the first block the "
-        "same for every image, so there is nothing to compare. Cells next to the diagonal are single steps.",
-        footer,
-    )
-    cell = 420 // len(labels)
-    for i, when in enumerate(("before", "after")):
-        x = 60 + 500 * i
-        page.text(x - 26, page.top + 4, texts[when], 13)
-        page.heat_map(stored[f"{when}_biased"], x, page.top + 30, cell, labels)
-    page.scale_bar(380, page.top + 520, 240, 0, 1, "CKA")
-    return page
-
-
-def draw_curves(args: argparse.Namespace, footer: str) -> Page:
-    """Every metric that the image stages noted, epoch by epoch."""
-    paths = [
-        pathlib.Path(args.out) / f"{name}.pt"
-        for name in ("infonce", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch")
+    patches = data.patchify(augmented, patch)  # [8, N, 3, P, P]
+    painted = painted.view(*masked.shape, *patches.shape[2:])  # [8, M, 3, P, P]
+    patches[torch.arange(len(images))[:, None], masked] = painted * 0.25 + 0.5  # vit.standardise undone
+    columns = [
+        [text(words, 13) for words in ("what M sees", "M repaints", "the image", "turned by", "M says")]
     ]
-    histories = {p.stem: vit.read_checkpoint(p)["history"] for p in paths if p.exists()}
-    if not histories:
-        raise FileNotFoundError("no checkpoint")
-    panels = {}
-    for name, history in histories.items():
+    for i, pictures in enumerate(zip(pixels(augmented), pixels(data.unpatchify(patches)), pixels(images))):
+        guess = logits[i].argmax()
+        said = [text(f"{90 * angle[i].item()}°"), answer(f"{90 * guess.item()}°", bool(guess == angle[i]))]
+        columns.append([*(picture(array, 106) for array in pictures), *said])
+    caption = """Four patches black and four turned; the black ones as Model M paints them (it minimises
+    the squared error, so it paints the average of what could be there: blur); the image; by how much the
+    patches are turned, and what M says (orange with an x: wrong)."""
+    return "Model M at work", caption, grid(list(zip(*columns)))
+
+
+def draw_maps(args: argparse.Namespace):
+    """CLS-patch similarity of some images, before and after fine-tuning, in one colour scale."""
+    stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
+    names, side = data.source(args.data).classes, math.isqrt(stored["before"].shape[1] - 1)
+    cosines = {when: stored[when][:, 0, 1:].reshape(-1, side, side) for when in ("before", "after")}
+    low, high = min(map(np.min, cosines.values())), max(map(np.max, cosines.values()))
+    columns = [[text(words) for words in ("", "image", "before", "lit by it", "after", "lit by it")]]
+    for i, image in enumerate(pixels(stored["images"])):
+        column = [text(names[stored["labels"][i]]), picture(image, 84)]
+        for when in ("before", "after"):
+            small = Image.fromarray(cosines[when][i].astype(np.float32))
+            large = np.asarray(small.resize((32, 32), Image.BILINEAR))  # the report's 4x4 -> 32x32
+            light = (large - large.min()) / (large.max() - large.min() + 1e-9)
+            column.append(picture(colour((large - low) / (high - low)), 84, smooth=True))
+            column.append(picture(image * (0.1 + 0.9 * light[..., None]), 84))
+        columns.append(column)
+    body = grid([[grid(list(zip(*columns)))], [scale_bar(low, high, "cosine of CLS and patch")]], 14)
+    caption = """Cosine of the CLS token with each patch token, before and after fine-tuning, one colour
+    scale for all maps; under each map the image, brightest where this map is highest."""
+    for when in cosines:
+        row = rows[f"maps_{when}"]
+        caption += f"""\n\n{when.capitalize()} fine-tuning, mean of the {row["split"]} split: entropy
+        {row["value"]:.3f}, best quarter {row["best_quarter"]:.3f}, peak {row["peak"]:.3f}."""
+    caption += """\n\nEntropy: of the map, shifted to a minimum of 0 and scaled to a sum of 1 (1: spread
+    evenly, 0: all on one patch). Best quarter: what of that sum the strongest quarter of the patches
+    holds (0.25: spread evenly). Peak: the largest cosine."""
+    return "Where in the image is CLS' content?", caption, body
+
+
+def draw_tokens(args: argparse.Namespace):
+    """The whole token-by-token similarity matrix of three images."""
+    stored, names = np.load(vit.arrays_path(args, "maps")), data.source(args.data).classes
+    low, labels = min(stored[when].min() for when in ("before", "after")), stored["labels"][:3]
+    size = 15 * stored["before"].shape[1]
+    rows = [[None, *(text(names[label], 14) for label in labels)]]
+    for when in ("before", "after"):
+        row = [text(f"{when}\nfine-tuning", 14)]
+        for similarity in stored[when][:3]:
+            box = picture(colour((similarity - low) / (1 - low)), size)
+            draw = ImageDraw.Draw(box)  # CLS is set apart from the patches
+            draw.line([(15, 0), (15, size)], fill=PAPER, width=2)
+            draw.line([(0, 15), (size, 15)], fill=PAPER, width=2)
+            row.append(grid([[text("CLS, then the patches row by row", 11, GREY)], [box]], 2, x=0))
+        rows.append(row)
+    body = grid([[grid(rows, 16)], [scale_bar(low, 1.0, "cosine")]], 14)
+    caption = """Cosine between all tokens, from left to right and from top to bottom: CLS (set apart by
+    white lines), then the patches row by row. Squares along the diagonal are rows of the image; lines
+    parallel to it join patches above each other."""
+    return "Every token against every token", caption, body
+
+
+def draw_cka(args: argparse.Namespace):
+    """Place-by-place CKA of CLS, before and after fine-tuning."""
+    stored, rows = np.load(vit.arrays_path(args, "cka")), rows_of(args)
+    places = len(stored["before_biased"])
+    labels = ["in"] + [f"{kind}{block}" for block in range(1, places // 2 + 1) for kind in "am"]
+    boxes = []
+    for when in ("before", "after"):
+        row = rows[f"cka_{when}"]
+        head = f"{when} fine-tuning. Last attention {row['value']:.4f} (debiased {row['debiased']:.4f}), "
+        head += f"last block {row['whole_block']:.4f} (debiased {row['whole_block_debiased']:.4f})"
+        framed = [(places - 3, places - 2), (places - 3, places - 1)]
+        table = matrix(stored[f"{when}_biased"], labels, 480 // places, 1.0, framed)
+        boxes.append(grid([[text(head, 13, width=table.width)], [table]]))
+    number = f"{stored['images']:,} images" if "images" in stored else "all images"
+    caption = f"""Plain (not debiased) linear CKA, {number} of the {args.split} split, of the residual
+    stream after each attention (a1, a2, ...) and each MLP (m1, m2, ...). 1: the same similarity structure
+    over images, 0: none in common. Framed: the two ways to read the report\'s "before and after the last
+    attention block", across the last attention and across the last block. Grey: CLS enters the first
+    block the same for every image, so there is nothing to compare."""
+    body = grid([[grid([boxes], 24)], [scale_bar(0, 1, "CKA")]], 14)
+    return "Linear CKA of the CLS token along the network", caption, body
+
+
+RUNS = ["infonce", "infonce_longer", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch"]
+RUNS += ["finetune_infonce_longer"]
+LOSSES = {"infonce": "InfoNCE", "m": "angle + squared error", "m_joint": "angle + squared error + InfoNCE"}
+
+
+def draw_curves(args: argparse.Namespace):
+    """Every metric that the image stages noted, epoch by epoch."""
+    panels = {}  # title -> run -> its line
+    for name in RUNS:
+        path = pathlib.Path(args.out) / f"{name}.pt"
+        history = vit.read_checkpoint(path)["history"] if path.exists() else {}
+        kind = name.removesuffix("_longer") if name != "m_infonce" else "m"
         for metric, line in history.items():
-            panels.setdefault(metric, {})[name] = line
-    page = Page(
-        1080,
-        30 + 270 * ((len(panels) + 1) // 2),
-        "Learning curves",
-        "Mean of each epoch, on augmented training images. match: views whose nearest neighbour is "
-        "the other view of their image; angle: right rotation;\nmse: squared error of the masked patches, in "
-        "standardised pixels; "
-        "train, validation: right class (validation: held-out images).\nm: Model M from scratch; m_infonce: "
-        "continued from InfoNCE; "
-        "m_joint: that, with InfoNCE beside it.",
-        footer,
-    )
-    for k, (metric, lines) in enumerate(panels.items()):
-        box = (70 + 530 * (k % 2), page.top + 40 + 270 * (k // 2), 320, 190)
-        page.chart(box, lines, metric, percent=metric not in ("loss", "mse"))
-    return page
+            title = (
+                f"loss: {LOSSES.get(kind, 'cross-entropy of classes')}"  # one panel for what can be compared
+            )
+            if metric in ("train", "validation"):
+                title = f"accuracy, {metric}"
+            elif metric != "loss":
+                title = {"match": "partner found", "angle": "angle named", "mse": "squared error"}[metric]
+            panels.setdefault(title, {})[name] = line
+    if not panels:
+        raise FileNotFoundError("no checkpoint")
+    inks = dict(zip(RUNS, COLOURS))
+    boxes = []
+    for title, lines in panels.items():
+        is_share = not title.startswith(("loss", "squared"))
+        boxes.append(chart(title, lines, percent=is_share, inks=inks))
+    caption = """Mean of each epoch, on augmented training images (validation: held-out images as they
+    are). Partner found: views whose nearest neighbour in the batch is the other view of their image.
+    Angle named: images. Squared error: of the blacked-out patches, in standardised pixels.
+    infonce_longer: InfoNCE continued; m: Model M from scratch; m_infonce: continued from InfoNCE;
+    m_joint: that, with InfoNCE beside it; finetune: from m_joint."""
+    body = grid([boxes[k : k + 2] for k in range(0, len(boxes), 2)], 28, x=0)
+    return "Learning curves", caption, body
 
 
-def draw_classes(args: argparse.Namespace, footer: str) -> Page:
+def draw_classes(args: argparse.Namespace):
     """Confusion matrix and accuracy per class of the fine-tuned model."""
-    stored = np.load(vit.arrays_path(args, "finetune"))
-    names, K = data.source(args.data).classes, 10
-    confusion = np.zeros((K, K))
-    np.add.at(confusion, (stored["truth"], stored["guess"]), 1)
-    percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    page = Page(
-        980,
-        515,
-        "Which classes does the fine-tuned model confuse?",
-        f"Rows: the true class; columns: the model's answer, in percent "
-        f"of the row. {int(confusion.sum()):,} images. Right: accuracy per class.",
-        footer,
-    )
-    page.heat_map(percent, 110, page.top + 10, 46, names, 0, 100)
-    for k, v in enumerate(percent.diagonal()):
-        y = page.top + 18 + 46 * k
-        page.draw.rectangle([660, y, 660 + 2 * v, y + 28], fill=LINES[0])
-        page.text(650, y + 14, names[k], 13, anchor="rm")
-        page.text(668 + 2 * v, y + 14, f"{v:.1f} %", 13, anchor="lm")
-    return page
+    stored, names = np.load(vit.arrays_path(args, "finetune")), data.source(args.data).classes
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (stored["truth"], stored["guess"]), 1)
+    percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
+    table = matrix(percent, names, 68, 100.0)
+    table = grid([[None, text("the model's answer", 14)], [text("true\nclass", 14), table]])
+    caption = f"""In percent of the true class, {int(counts.sum()):,} images of the {args.split} split. On the
+    diagonal: the accuracy by class."""
+    return "Which classes does the fine-tuned model confuse?", caption, table
 
 
-def draw_clips(args: argparse.Namespace, footer: str) -> Page:
+def draw_clips(args: argparse.Namespace):
     """A clip of each class: its frames, how the temporal CLS weighs them, what each frame says by itself,
     what the clip says."""
     stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.source(args.data).classes
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
-    top, F, cell = weights.max(), weights.shape[1], 52
-    page = Page(
-        220 + cell * F,
-        40 + 84 * len(weights),
-        f"Pseudo-videos: {F} images of one class, and where the temporal CLS token looks",
-        "Bar over a frame: attention from the temporal CLS (one block, mean of the heads; the highest is "
-        f"{top:.3f}, an even share "
-        f"{1 / (F + 1):.3f}). Frame green: this image\nby itself would be named right, red: wrong. Right: "
-        "the answer to the whole clip. "
-        "These clips are put together by their labels.",
-        footer,
-    )
+    top, frames = weights.max(), weights.shape[1]
+    even, full = round(34 / (frames + 1) / top), 34
+    rows = [[text("true class", 14), text("attention", 11, GREY), *[None] * frames, text("answer", 14)]]
     for k, clip in enumerate(pixels(stored["images"])):
-        y, truth, guess = page.top + 12 + 84 * k, stored["labels"][k], stored["guess"][k]
-        page.text(24, y + 52, names[truth], 14, anchor="lm")
-        page.text(116 + cell * F, y + 52, names[guess], 14, LINES[2] if guess == truth else LINES[4], "lm")
+        truth, guess = stored["labels"][k], stored["guess"][k]
+        scale = grid([[text(f"{top:.2f}", 10, GREY)], [text("0", 10, GREY)]], full - 26, x=1)
+        row = [text(names[truth], 14), grid([[scale], [Image.new("RGB", (1, 46), PAPER)]], 4)]
         for f, frame in enumerate(clip):
-            x, ink = 104 + cell * f, LINES[2] if stored["each"][k, f] == truth else LINES[4]
-            page.draw.rectangle(
-                [x + 12, y + 24 - 22 * weights[k, f] / top, x + cell - 17, y + 25], fill=LINES[0]
-            )
-            page.draw.rectangle([x - 1, y + 28, x + cell - 4, y + 28 + cell - 4], fill=ink)
-            page.paste(frame, x + 2, y + 31, cell - 9)
-    return page
+            right = stored["each"][k, f] == truth
+            bar = Image.new("RGB", (46, full), PAPER)
+            draw = ImageDraw.Draw(bar)
+            draw.rectangle([12, full - round(full * weights[k, f] / top), 33, full], fill=GREY)
+            draw.line([(0, full - even), (46, full - even)], fill=INK)
+            box = picture(frame, 46, BLUE if right else ORANGE)
+            if not right:  # told by more than its colour
+                ImageDraw.Draw(box).rectangle([0, 37, 45, 45], fill=ORANGE)
+            row.append(grid([[bar], [box]], 4))
+        rows.append([*row, answer(names[guess], bool(guess == truth))])
+    caption = f"""Bar over a frame: attention from the temporal CLS token (one block, mean of the heads);
+    the line is an even share, 1/{frames + 1} = {1 / (frames + 1):.3f}. Frame blue: this image by itself
+    would be named right; orange, with a thick lower edge: wrong. At the right the answer to the whole
+    clip. The clips are put together by their labels."""
+    title = f"Pseudo-videos: {frames} images of one class, and where the temporal CLS looks"
+    return title, caption, grid(rows, 6)
 
 
-def draw_video(args: argparse.Namespace, footer: str) -> Page:
+VIDEOS = ["encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "unordered", "repeats"]
+
+
+def draw_video(args: argparse.Namespace):
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
-    # as many as there are colours
-    shown = ("encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "repeats")
-    rows = {name: row for name, row in rows_of(args).items() if name in [f"video_{s}" for s in shown]}
+    found = rows_of(args)
+    rows = {name: found[f"video_{name}"] for name in VIDEOS if f"video_{name}" in found}
     if not rows:
         raise FileNotFoundError("no row of video.py")
-    places = max((row["different"] for row in rows.values()), key=len)
-    page = Page(
-        1180,
-        430,
-        "Pseudo-videos: what more images bring, and one block against two",
-        "Left: accuracy over the number of different images of one class that fill the frames. 1: a static "
-        "video, the test that "
-        "counts; more: put together by\nlabel, so easier. Right: epoch by epoch, accuracy on static videos "
-        "of the validation split "
-        "and on the training clips (augmented, as trained).\nencoder: factorised encoder; divided: "
-        "factorised self-attention; report: trained as in the report; "
-        "1, 2: temporal blocks.",
-        footer,
-    )
-    ticks = {k + 1: n for k, n in enumerate(places)}
-    page.chart(
-        (70, page.top + 44, 330, 260),
-        {name.removeprefix("video_"): list(row["different"].values()) for name, row in rows.items()},
-        "accuracy by different images",
-        True,
-        ticks,
-        "different images in the clip",
-    )
-    histories = {
-        n: vit.read_checkpoint(pathlib.Path(args.out) / f"{n}.pt")["history"]
-        for n in ("video_encoder_1", "video_encoder_2")
-    }
-    lines = {
-        f"{n.removeprefix('video_')}, {what}": h[key]
-        for n, h in histories.items()
-        for key, what in (("validation", "static"), ("train", "training"))
-    }
-    page.chart((660, page.top + 44, 330, 260), lines, "accuracy while training", True)
-    return page
+    numbers = list(max((row["different"] for row in rows.values()), key=len))
+    lines = {name: list(row["different"].values()) for name, row in rows.items()}
+    places = {k + 1: number for k, number in enumerate(numbers)}
+    inks = dict(zip(VIDEOS, COLOURS))
+    boxes = [chart("accuracy by different images", lines, "different images in the clip", True, places, inks)]
+    lines = {}
+    for name in ("encoder_1", "encoder_2"):
+        path = pathlib.Path(args.out) / f"video_{name}.pt"
+        history = vit.read_checkpoint(path)["history"] if path.exists() else {}
+        lines |= {
+            f"{name}, {metric}": history[metric] for metric in ("validation", "train") if metric in history
+        }
+    if lines:
+        boxes.append(chart("accuracy while training", lines, percent=True))
+    caption = """Left: accuracy over the number of different images of one class that fill the 16 frames.
+    1: a static video, the test that counts; more: put together by label, so easier. Right: epoch by
+    epoch, static videos of the validation split, and training clips (augmented, as trained). encoder:
+    factorised encoder; divided: factorised self-attention; report: trained as in the report; unordered:
+    without temporal positions; repeats: without the loss of every image by itself; 1, 2: temporal blocks."""
+    return "Pseudo-videos: what more images bring, and one block against two", caption, grid([boxes], 28, y=0)
 
 
-def captioner_of(args: argparse.Namespace) -> str:
-    """Whose captions the pictures show: "blip" where this run used them, else the small captioner, "tiny"."""
-    return "blip" if "fusion_blip" in rows_of(args) else "tiny"
+def captioner_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Whose captions the pictures show, by its short name and in words: BLIP's where this run used them."""
+    blip = "fusion_blip" in rows_of(args)
+    return ("blip", "the real BLIP") if blip else ("tiny", "a small captioner trained here")
 
 
-def draw_captions(args: argparse.Namespace, footer: str) -> Page:
+def draw_captions(args: argparse.Namespace):
     """Images with their captions, and what the fusion model and the control without text answer."""
-    who, names = captioner_of(args), data.source(args.data).classes
-    both, alone = (
-        np.load(vit.arrays_path(args, name)) for name in (f"fusion_{who}", f"fusion_{who}_image_only")
-    )
-    truth, right, before = both["labels"], both["guess"] == both["labels"], alone["guess"] == alone["labels"]
-    page = Page(
-        1100,
-        645,
-        f"Captions by the {MADE_BY[who]}, and what they change",
-        "Beside each image its caption, under it the true class, then the answer without text (the control "
-        f"that never saw a caption) and with it. Of {len(truth):,} images,\n"
-        f"{np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only "
-        "without. Shown: the first two of each class.",
-        footer,
-    )
-    for i, image in enumerate(pixels(both["images"])):
-        x, y, k = 24 + 213 * (i % 5), page.top + 8 + 160 * (i // 5), both["shown"][i]
-        page.paste(image, x, y, 84)
-        for line, text in enumerate(textwrap.wrap(both["captions"][i], 15, max_lines=5, placeholder=" ...")):
-            page.text(x + 92, y + 14 * line, text, 12)
-        page.text(x, y + 90, f"it is: {names[truth[k]]}", 13)
-        for line, (what, guess, ok) in enumerate(
-            (("without", alone["guess"][k], before[k]), ("with", both["guess"][k], right[k]))
-        ):
-            page.text(x, y + 106 + 16 * line, f"{what}: {names[guess]}", 13, LINES[2] if ok else LINES[4])
-    return page
+    (who, name), names = captioner_of(args), data.source(args.data).classes
+    both = np.load(vit.arrays_path(args, f"fusion_{who}"))
+    alone = np.load(vit.arrays_path(args, f"fusion_{who}_image_only"))
+    truth = both["labels"]
+    right, before = both["guess"] == truth, alone["guess"] == truth
+    cells = []
+    for image, caption, k in zip(pixels(both["images"]), both["captions"], both["shown"]):
+        lines = [text(f"it is: {names[truth[k]]}")]
+        lines.append(answer(f"without: {names[alone['guess'][k]]}", before[k], 200))
+        lines.append(answer(f"with: {names[both['guess'][k]]}", right[k]))
+        top = grid([[picture(image, 84), text(caption, 13, width=108)]], y=0)
+        cells.append(grid([[top], *([line] for line in lines)], 3, x=0))
+    caption = f"""Beside each image its caption; below the true class, then the answer without text (the
+    control that never saw a caption) and with it; orange with an x: wrong. Of {len(truth):,} images
+    {np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only without.
+    Shown: the first two of each class."""
+    body = grid([cells[k : k + 5] for k in range(0, len(cells), 5)], 18, x=0, y=0)
+    return f"Captions by {name}, and what they change", caption, body
 
 
-def draw_words(args: argparse.Namespace, footer: str) -> Page:
+def draw_words(args: argparse.Namespace):
     """How the image's query shares its attention among the words of the caption."""
-    who, names = captioner_of(args), data.source(args.data).classes
+    (who, name), names = captioner_of(args), data.source(args.data).classes
     stored = np.load(vit.arrays_path(args, f"fusion_{who}_tokens"))
-    weights, rows = stored["weights"], range(0, len(stored["shown"]), 2)
-    widths = {i: [max(52, 9 * len(word) + 14) for word in stored["words"][i].split(" ")] for i in rows}
-    page = Page(
-        max(1000, 220 + max(map(sum, widths.values()))),
-        30 + 62 * len(rows),
-        f"Which words does the image ask? Captions by the {MADE_BY[who]}",
-        "Attention of the temporal CLS over the tokens of the caption (mean of the heads; each row adds up "
-        "to one). CLIP reads from left to right, so a\n"
-        "token's state knows all words before it: attention on the end of the sentence can still be about "
-        "its beginning.",
-        footer,
-    )
-    high = weights.max()
-    for r, i in enumerate(rows):
-        x, y, truth = 190, page.top + 12 + 62 * r, stored["labels"][stored["shown"][i]]
-        page.paste(pixels(stored["images"][i]), 24, y, 54)
-        page.text(88, y + 27, names[truth], 14, anchor="lm")
-        for word, width, w in zip(stored["words"][i].split(" "), widths[i], weights[i]):
-            page.draw.rectangle(
-                [x, y + 8, x + width - 4, y + 46],
-                fill=tuple(int(255 - (255 - c) * w / high) for c in LINES[0]),
-            )
-            ink = PAPER if w > 0.6 * high else INK
-            page.text(x + width / 2 - 2, y + 20, word, 13, ink, "mm")
-            page.text(x + width / 2 - 2, y + 36, f"{w:.2f}", 11, ink, "mm")
-            x += width
-    return page
+    high = stored["weights"].max()
+    rows = [[None, text("true class", 14), text("the caption, token by token", 14)]]
+    for i in range(0, len(stored["shown"]), 2):
+        boxes = []
+        for word, weight in zip(stored["words"][i].split(" "), stored["weights"][i]):
+            paper = tuple(int(255 - (255 - c) * weight / high) for c in BLUE)
+            width = max(52, 9 * len(word) + 14)
+            ink = PAPER if weight > 0.6 * high else INK
+            boxes.append(text(f"{word}\n{weight:.2f}", 13, ink, width, "m", paper))
+        truth = names[stored["labels"][stored["shown"][i]]]
+        rows.append([picture(pixels(stored["images"][i]), 54), text(truth, 14), grid([boxes], 4)])
+    caption = """Attention of the temporal CLS over the tokens of the caption, the number in each and the
+    bluer the more (mean of the heads; each row adds up to 1). Tokens are CLIP's pieces of words, between
+    <start> and <end>. CLIP reads from left to right, so a token's state knows all words before it:
+    attention on the end of the sentence can still be about its beginning."""
+    return f"Which words does the image ask? Captions by {name}", caption, grid(rows, 10, x=0)
 
 
-def draw_controls(args: argparse.Namespace, footer: str) -> Page:
+def draw_controls(args: argparse.Namespace):
     """Fusion against what the image, the caption, another image's caption and a remembered label bring."""
-    who, rows = captioner_of(args), rows_of(args)
-    bars = [(name, TABLE[name][0], rows[name]["value"]) for name in language_rows(who) if name in rows]
-    if not bars:
+    who, name = captioner_of(args)
+    rows = []
+    for row, (what, *_) in language_rows(who).items():
+        values = over_seeds(args, row)
+        if values:
+            fusion = row in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens")
+            ink = BLUE if fusion else GREY
+            rows.append((what, statistics.mean(values), in_words(row, *values), ink))
+    if not rows:
         raise FileNotFoundError("no row of multimodal.py")
-    page = Page(
-        1060,
-        40 + 44 * len(bars),
-        f"Does the caption help, or merely answer? Captions by the {MADE_BY[who]}",
-        f"Accuracy on static videos of the {args.split} split, each control trained like fusion, the first "
-        "not at all. Help: fusion is above both image only "
-        "and text only.\nMerely answer: fusion is no better than reading the class name off the caption.",
-        footer,
-    )
-    for r, (name, what, value) in enumerate(bars):
-        y = page.top + 14 + 44 * r
-        page.text(478, y + 13, what, 13, anchor="rm")
-        fusion = name in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens")
-        page.draw.rectangle([490, y, 490 + 460 * value, y + 26], fill=LINES[0] if fusion else GREY)
-        page.text(498 + 460 * value, y + 13, f"{100 * value:.2f} %", 13, anchor="lm")
-    return page
+    low = math.floor(20 * min(value for _, value, _, _ in rows) - 0.5) / 20
+    caption = f"""Accuracy on static videos of the {args.split} split; the bars start at {100 * low:.0f}
+    %. Blue: the image and its caption; grey: controls, trained in the same way (the first not at all). ±:
+    standard deviation over seeds, where there are several. Captions help if fusion is above both image
+    only and text only; they merely answer if it is no better than reading the class off the caption."""
+    body = bars(rows, max(0, low), max(value for _, value, _, _ in rows))
+    return f"Does the caption help, or merely answer? Captions by {name}", caption, body
 
 
-FIGURES = {
-    "patches": draw_patches,
-    "reconstruction": draw_reconstruction,
-    "maps": draw_maps,
-    "tokens": draw_tokens,
-    "cka": draw_cka,
-    "curves": draw_curves,
-    "classes": draw_classes,
-    "clips": draw_clips,
-    "video": draw_video,
-    "captions": draw_captions,
-    "words": draw_words,
-    "controls": draw_controls,
-}
-
-
-def rows_of(args: argparse.Namespace) -> dict[str, dict]:
-    """The rows measured on --split, by their plain names."""
-    rows = vit.read_results(args.out)["rows"]
-    return {
-        name.removesuffix(f"_{args.split}"): row for name, row in rows.items() if row["split"] == args.split
-    }
+FIGURES = [draw_patches, draw_reconstruction, draw_maps, draw_tokens, draw_cka, draw_curves, draw_classes]
+FIGURES += [draw_clips, draw_video, draw_captions, draw_words, draw_controls]
+FIGURES = {draw.__name__.removeprefix("draw_"): draw for draw in FIGURES}
 
 
 def figures(args: argparse.Namespace) -> None:
     """Draw every figure whose inputs are there into out/figures."""
-    out, about = pathlib.Path(args.out), data.source(args.data)
-    footer = f"{about.provenance}; run {out.name}, seed {vit.read_results(out).get('seed', args.seed)}"
+    out = pathlib.Path(args.out)
+    seed = vit.read_results(out).get("seed", args.seed)
+    footer = f"{data.source(args.data).provenance}; run {out.name}, seed {seed}"
     for name, draw in FIGURES.items():
         try:
-            page = draw(args, footer)
+            drawn = page(*draw(args), footer)
         except (FileNotFoundError, KeyError, SystemExit) as missing:
             print(f"{name}: not drawn, what it needs is not there: {missing}")
             continue
         buffer = io.BytesIO()
-        page.image.save(buffer, "PNG", optimize=True)
+        drawn.save(buffer, "PNG", optimize=True)
         vit.write_file(out / "figures" / f"{name}.png", buffer.getvalue())
         print(f"drew {out / 'figures' / name}.png", flush=True)
 
@@ -797,119 +733,86 @@ FILM = {
 }
 
 
-def nearest_neighbours(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int = 20
-) -> torch.Tensor:
-    """The class that most of the k keys of highest cosine have: queries [n, D], keys [m, D], labels [m] ->
-    [n].
-
-    It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4, here without
-    weights).
-    """
+def nearest_neighbours(queries: Tensor, keys: Tensor, labels: Tensor, k: int = 20) -> Tensor:
+    """The class that most of the k keys of highest cosine have: queries [n, D], keys and their labels [m, D],
+    [m] -> [n]. It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4,
+    here without weights)."""
     unit = torch.nn.functional.normalize
     cosines = unit(queries, dim=1) @ unit(keys, dim=1).T  # [n, m]
     nearest = cosines.topk(min(k, len(keys)), dim=1).indices  # [n, k]
-    return torch.nn.functional.one_hot(labels[nearest]).sum(dim=1).argmax(dim=1)  # [n, k, K] -> [n, K] -> [n]
+    votes = torch.nn.functional.one_hot(labels[nearest]).sum(dim=1)  # [n, k, K] -> [n, K]
+    return votes.argmax(dim=1)  # [n]
+
+
+def scenes_of(out: pathlib.Path) -> list[tuple[str, pathlib.Path | None]]:
+    """What the film shows: a title and a kept checkpoint each, of each training eight at most."""
+    scenes = [("before any training", None)]
+    for name, what in FILM.items():
+        kept = sorted(out.glob(f"{name}-epoch*.pt"), key=lambda path: int(path.stem.split("epoch")[1]))
+        for i in sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))}):
+            epoch = kept[i].stem.split("epoch")[1]
+            scenes.append((f"{what}, epoch {epoch} of {len(kept)}", kept[i]))
+    return scenes
+
+
+def cls_of(encoder: vit.ViT, images: Tensor, machine: vit.Machine) -> Tensor:
+    """The CLS tokens [n, D], float32, of uint8 images [n, 3, S, S]."""
+    with torch.no_grad(), machine.autocast():
+        return torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)])
 
 
 def movie(args: argparse.Namespace) -> None:
     """Draw maps and nearest neighbours, epoch by epoch, into figures/learning.gif (needs --keep-epochs)."""
-    out, target = pathlib.Path(args.out), pathlib.Path(args.out) / "figures" / "learning.gif"
-    scenes = [("before any training", None)]
-    for name, what in FILM.items():
-        last = vit.read_checkpoint(out / f"{name}.pt")["epoch"] if (out / f"{name}.pt").exists() else 0
-        kept = [k for k in range(1, last + 1) if (out / f"{name}-epoch{k}.pt").exists()]
-        chosen = sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))})
-        scenes += [(f"{what}, epoch {kept[i]} of {last}", out / f"{name}-epoch{kept[i]}.pt") for i in chosen]
+    target, scenes = pathlib.Path(args.out) / "figures" / "learning.gif", scenes_of(pathlib.Path(args.out))
     if len(scenes) == 1:
-        return print(
-            f"{target}: not drawn, no epoch is kept; `python ssl.py pretrain --task infonce --keep-epochs "
-            "--fresh` keeps them",
-            flush=True,
-        )
+        return print(f"{target}: not drawn; `python ssl.py pretrain ... --keep-epochs` keeps what it shows")
     made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
     if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
         return print(f"{target}: drawn before", flush=True)
 
-    machine = vit.Machine(args.device, args.precision, args.seed)
-    train, validation = (
-        data.load(args.data, split, machine.device, min(args.limit or 5_000, 5_000))
-        for split in ("train", "validation")
-    )
+    machine, limit = vit.Machine(args.device, args.precision, args.seed), min(args.limit or 5_000, 5_000)
+    train, train_labels = data.load(args.data, "train", machine.device, limit)
+    images, truth = data.load(args.data, "validation", machine.device, limit)
     # the second image of each class, or the only one
-    shown = torch.stack([(validation[1] == k).nonzero()[:2][-1, 0] for k in validation[1].unique()])
-    maps, answers, right = [], [], []
+    shown = torch.stack([(truth == k).nonzero()[:2][-1, 0] for k in truth.unique()])
+    cosines, answers, right = [], [], []
     for what, path in scenes:
-        encoder = (
-            (vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem))
-            .to(machine.device)
-            .eval()
+        encoder = vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)
+        encoder.to(machine.device).eval()
+        guess = nearest_neighbours(
+            cls_of(encoder, images, machine), cls_of(encoder, train, machine), train_labels
         )
         with torch.no_grad(), machine.autocast():
-            keys, queries = (
-                torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)])
-                for images, _ in (train, validation)
-            )
-            tokens = encoder(validation[0][shown].float() / 255)
-        maps.append(token_similarity(tokens.float())[:, 0, 1:].cpu().numpy())  # [K, N]
-        guess = nearest_neighbours(queries, keys, train[1])
+            tokens = encoder(images[shown].float() / 255).float()  # [K, T, D]
+        cosines.append(token_similarity(tokens)[:, 0, 1:].cpu().numpy())  # [K, N]
         answers.append(guess[shown].tolist())
-        right.append((guess == validation[1]).float().mean().item())
+        right.append((guess == truth).float().mean().item())
         print(f"{what}: nearest neighbours are right for {100 * right[-1]:.2f} %", flush=True)
 
-    names, side = data.source(args.data).classes, int(maps[0].shape[1] ** 0.5)
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    pictures, footer, frames = pixels(validation[0][shown].cpu()), data.source(args.data).provenance, []
+    source, side = data.source(args.data), math.isqrt(cosines[0].shape[1])
+    low, high = min(map(np.min, cosines)), max(map(np.max, cosines))
+    caption = f"""Validation images; below each the cosine of CLS with every patch (yellow: high) and the
+    class of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x:
+    wrong; the true class below it). The curve: how often that is right for {len(images):,} images."""
+    frames = []
     for f, (what, _) in enumerate(scenes):
-        page = Page(
-            900,
-            350,
-            what,
-            "Validation images; below each, the cosine of CLS with every patch (yellow: high), and the class "
-            "of most of its 20 nearest\n"
-            f"neighbours among {len(train[1]):,} training images (green: right). Below: how often that is "
-            f"right for {len(validation[1]):,} images.",
-            footer,
-        )
-        for i, image in enumerate(pictures):
-            x = 24 + 86 * i
-            page.paste(image, x, page.top + 6, 80)
-            page.paste(colour(((maps[f][i] - low) / (high - low)).reshape(side, side)), x, page.top + 92, 80)
-            k = answers[f][i]
-            page.text(
-                x + 40,
-                page.top + 178,
-                names[k],
-                13,
-                LINES[2] if k == validation[1][shown[i]] else LINES[4],
-                "ma",
-            )
-        line = [
-            (
-                90 + 700 * i / (len(scenes) - 1),
-                page.top + 300 - 80 * (v - min(right)) / (max(right) - min(right) + 1e-9),
-            )
-            for i, v in enumerate(right)
-        ]
-        page.draw.line(line, fill=(215, 215, 220), width=2)
-        if f:
-            page.draw.line(line[: f + 1], fill=LINES[0], width=3)
-        page.draw.ellipse([line[f][0] - 4, line[f][1] - 4, line[f][0] + 4, line[f][1] + 4], fill=LINES[0])
-        page.text(line[f][0] + 8, line[f][1] + 12, f"{100 * right[f]:.1f} %", 14)
-        frames.append(page.image)
+        columns = []
+        for i, image in enumerate(pixels(images[shown].cpu())):
+            heat = colour(((cosines[f][i] - low) / (high - low)).reshape(side, side))
+            label, guess = truth[shown[i]].item(), answers[f][i]
+            below = text(f"({source.classes[label]})" if guess != label else " ", 12, GREY)
+            said = answer(source.classes[guess], guess == label)
+            columns.append([picture(image, 80), picture(heat, 80), said, below])
+        span = (len(scenes), min(right) - 0.01, max(right) + 0.01)
+        curve = chart("nearest neighbours right", {"": right[: f + 1]}, "scene", True, span=span)
+        body = grid([[grid(list(zip(*columns)))], [curve]], 14)
+        frames.append(page(what, caption, body, f"{source.provenance}; run {target.parent.parent.name}"))
     every = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
     palette = every.quantize(200)  # one for all frames, so that what stands still costs nothing
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    buffer = io.BytesIO()
-    frames[0].save(
-        buffer,
-        "GIF",
-        save_all=True,
-        append_images=frames[1:],
-        duration=[900] * (len(frames) - 1) + [3000],
-        loop=0,
-        comment=made_from.encode(),
-    )
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    buffer, times = io.BytesIO(), [900] * len(others) + [3000]  # in milliseconds
+    comment = made_from.encode()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=times, loop=0, comment=comment)
     vit.write_file(target, buffer.getvalue())
     print(f"drew {target}, {len(frames)} frames, {len(buffer.getvalue()) / 1000:.0f} kB", flush=True)
 
@@ -918,16 +821,12 @@ def movie(args: argparse.Namespace) -> None:
 # The table
 # ------------------------------------------------------------------------------------------------------------
 
-REPORTED_WITH_BLIP = 0.7013  # the coursework report's test accuracy with captions
-
-MADE_BY = {"tiny": "small captioner trained here", "blip": "real BLIP"}
-
 
 def language_rows(who: str) -> dict[str, tuple]:
     """multimodal.py's part of TABLE, for captions by "tiny" or "blip"."""
     fusion, by = f"fusion_{who}", f"{who} captions"
     return {
-        f"captions_{who}": (f"{by}: class named in the caption, no training", None),
+        f"captions_{who}": (f"{by}: class named in the caption, no training",),
         f"{fusion}_text_only": (f"{by}: text only", f"captions_{who}"),
         f"{fusion}_image_only": (f"{by}: image only, without the cross-attention", "video_encoder_2"),
         fusion: (f"{by}: fusion, two blocks", f"{fusion}_image_only"),
@@ -938,51 +837,69 @@ def language_rows(who: str) -> dict[str, tuple]:
     }
 
 
-# row of results.json -> what it is, and the row that it has to beat to mean anything
+# row of results.json -> what it is; then the row it has to beat to mean anything (the first that is there)
 TABLE = {
-    "pixels_probe": ("linear probe of raw pixels", None),
-    "untrained_probe": ("linear probe of an untrained encoder", None),
+    "pixels_probe": ("linear probe of raw pixels",),
+    "untrained_probe": ("linear probe of an untrained encoder",),
     "infonce_probe": ("linear probe after InfoNCE", "untrained_probe"),
+    "infonce_longer_probe": ("linear probe after InfoNCE, as long as m_joint", "infonce_probe"),
     "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
-    "m_joint_probe": (
-        "linear probe after Model M with InfoNCE beside it, continued from InfoNCE",
-        "infonce_probe",
-    ),
+    "m_joint_probe": ("linear probe after Model M with InfoNCE", "infonce_longer_probe", "infonce_probe"),
     "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
-    "finetune_scratch": ("trained on labels from scratch", None),
-    "finetune": ("fine-tuned", "finetune_scratch"),
+    "finetune_scratch": ("trained on labels from scratch",),
+    "finetune_infonce_longer": ("fine-tuned after InfoNCE, as long as m_joint", "finetune_scratch"),
+    "finetune": ("fine-tuned after Model M with InfoNCE", "finetune_infonce_longer", "finetune_scratch"),
     "video_encoder_1": ("video, factorised encoder, one block", "finetune"),
     "video_encoder_2": ("video, factorised encoder, two blocks", "video_encoder_1"),
     "video_divided_1": ("video, factorised self-attention, one block", "video_encoder_1"),
     "video_divided_2": ("video, factorised self-attention, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
-    "video_unordered": (
-        "video, factorised encoder, one block, without temporal positions",
-        "video_encoder_1",
-    ),
-    "video_report_1": ("video, the report's training, one block", None),
-    "video_report_1_probe": (
-        "linear probe of the image encoder after the report's training",
-        "m_joint_probe",
-    ),
+    "video_unordered": ("video, one block, without temporal positions", "video_encoder_1"),
+    "video_report_1": ("video, the report's training, one block",),
+    "video_report_1_probe": ("linear probe of its image encoder", "m_joint_probe"),
     "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
     "video_random": ("video, 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
     "video_balanced": ("video, and every class once a step", "video_random"),
     "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
-    **{name: about for who in ("tiny", "blip") for name, about in language_rows(who).items()},
-    "cka_before": ("CKA of CLS across the last attention, before fine-tuning", None),
+    **language_rows("tiny"),
+    **language_rows("blip"),
+    "cka_before": ("CKA of CLS across the last attention, before fine-tuning",),
     "cka_after": ("CKA of CLS across the last attention, after fine-tuning", "cka_before"),
-    "maps_before": ("entropy of CLS-patch maps, before fine-tuning", None),
+    "maps_before": ("entropy of CLS-patch maps, before fine-tuning",),
     "maps_after": ("entropy of CLS-patch maps, after fine-tuning", "maps_before"),
 }
+REPORTED = {"cka_before": 0.8698, "cka_after": 0.7353}  # by the coursework report
 
 
-def formatted(name: str, value: float, deviation: float | None = None) -> str:
-    """A row's number as tables have it: accuracies in percent, CKA and entropies plain; with ± if given."""
+NOTES = """Time: training and evaluating what the row shows, without the stage that it starts from; a probe's
+includes the training of the encoder that it probes. Which feature a probe reads is chosen on the validation
+split. Tiny captions are not BLIP's, which the report used: a small captioner of the same library class,
+trained here on the training labels, wrote them; they hold no knowledge from outside."""
+
+
+def rows_of(args: argparse.Namespace) -> dict[str, dict]:
+    """The rows measured on --split, by their plain names."""
+    rows = vit.read_results(args.out)["rows"].items()
+    return {name.removesuffix(f"_{args.split}"): row for name, row in rows if row["split"] == args.split}
+
+
+def over_seeds(args: argparse.Namespace, name: str) -> list[float]:
+    """A row's value in this run, and in those beside it of other seeds (OUT-seed1, OUT-seed2, ...)."""
+    out = pathlib.Path(args.out)
+    found = []
+    for folder in (out, *sorted(out.parent.glob(f"{out.name}-seed*"))):
+        row = vit.read_results(folder)["rows"].get(vit.row_name(args, name), {})
+        found += [row["value"]] if "value" in row else []
+    return found
+
+
+def in_words(name: str, *values: float) -> str:
+    """A row's number as tables have it: accuracies in percent, CKA and entropies plain; of several seeds the
+    mean and standard deviation."""
     scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
-    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
-    return f"{scale * value:.{digits}f}{spread}{unit}"
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{spread}{unit}"
 
 
 def report(args: argparse.Namespace) -> None:
@@ -990,114 +907,64 @@ def report(args: argparse.Namespace) -> None:
     results, out = vit.read_results(args.out), pathlib.Path(args.out)
     rows = rows_of(args)
     if not rows:
-        raise SystemExit(
-            f"{out}/results.json has no rows of the {args.split} split yet; `bash run_all.sh` runs the "
-            "stages that write them"
-        )
-
+        sys.exit(f"{out} has no rows of the {args.split} split yet; `bash run_all.sh` runs what writes them")
     if args.seconds:
         results["seconds"] = args.seconds
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
-        rows["m_best_probe"] = results["rows"][vit.row_name(args, "m_best_probe")] = rows[best] | {
-            "variant": best
-        }
+        rows["m_best_probe"] = rows[best] | {"variant": best}
+        results["rows"][vit.row_name(args, "m_best_probe")] = rows["m_best_probe"]
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
-    def number(name: str | None, key: str = "value") -> str:
-        """One entry of the table, empty where there is none."""
-        value = rows.get(name, {}).get(key)
-        return "" if value is None else formatted(name, value)
-
-    table = [["", "report", "ours", "control", "epochs", "time", "command"]]
-    for name, (what, control) in TABLE.items():
-        if row := rows.get(name):
-            what += {"cls": " (CLS)", "mean": " (mean of patch tokens)"}.get(row.get("features"), "")
-            what += f" = {row['variant']}" if "variant" in row else ""
-            against = f"{number(control)} {control}" if control in rows else ""
-            time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
-            table.append(
-                [
-                    what,
-                    number(name, "report"),
-                    number(name),
-                    against,
-                    str(row.get("epochs", "")),
-                    time,
-                    f"`{row['command']}`",
-                ]
-            )
-        elif name == "fusion_blip" and "fusion_tiny" in rows:
-            table.append(
-                [
-                    what,
-                    formatted(name, REPORTED_WITH_BLIP),
-                    "not measured here",
-                    "",
-                    "",
-                    "",
-                    "needs the weights of BLIP and CLIP",
-                ]
-            )
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    lines.insert(1, "|---|" + "---:|" * 5 + "---|")
-    stamp = ""
+    table = []
+    for name, (what, *controls) in TABLE.items():
+        if name not in rows:
+            continue
+        row = rows[name]
+        reported = row.get("report") or REPORTED.get(name)
+        control = next((control for control in controls if control in rows), None)
+        against = f"{control} {in_words(control, rows[control]['value'])}" if control else ""
+        what += f" = {row['variant']}" if "variant" in row else ""
+        what += {"cls": " (CLS)", "mean": " (mean of patch tokens)"}.get(row.get("features"), "")
+        time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
+        numbers = [in_words(name, row["value"]), in_words(name, reported) if reported else "", against]
+        table.append([name, *numbers, str(row.get("epochs", "")), time, what, f"`{row['command']}`"])
+    heads = ["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *table)]
+    lines.insert(1, "|---|" + "---:|" * 2 + "---|" + "---:|" * 2 + "---|" * 2)
+    warning = ""
     if results["dataset"] == "synthetic":
-        stamp = "**SYNTHETIC DATA: these are not CIFAR-10 numbers.**\n\n"
+        warning = "SYNTHETIC DATA: these are not CIFAR-10 numbers. "
     if args.limit:
-        stamp += f"**ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing.**\n\n"
-    tiny = ""
-    if "captions_tiny" in rows:
-        tiny = (
-            " Tiny captions are not BLIP's: a small captioner of the same library class, trained here on the "
-            "training labels, wrote them; they hold no knowledge from outside."
-        )
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    pictures = [
-        f"### {name}\n\n![{name}](figures/{name}.png)\n"
-        for name in FIGURES
-        if (out / "figures" / f"{name}.png").exists()
+        warning += f"ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    parts = [f"# Results of {out.name}"]
+    parts += [f"**{warning.strip()}**"] if warning else []
+    parts += [
+        f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
     ]
-    text = (
-        f"# Results of {out.name}\n\n{stamp}Images: {results['provenance']}. Accuracies on the {args.split} "
-        "split, one seed "
-        f"({results['seed']}).\nMachine: {results['device']}, {results['precision']}; {versions}.\n\n"
-        + "\n".join(lines)
-        + "\n\n"
-        "Time: training and evaluating what the row shows, without the stage it starts from. Which feature a "
-        "probe reads "
-        "is chosen on the validation split." + tiny + "\n\n" + "\n".join(pictures)
-    )
-    vit.write_file(out / "report.md", text.encode())
-    widths = [max(len(cells[c]) for cells in table) for c in range(6)]
-    for cells in table:
-        print(
-            "  ".join(
-                cell.ljust(w) if c == 0 else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(cells[:6], widths))
-            )
-        )
-    if stamp:
-        print(stamp.replace("*", "").strip())
-    print(f"the table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
+    parts += [f"Machine: {results['device']}, {results['precision']}; {versions}.", "\n".join(lines), NOTES]
+    for name in FIGURES:
+        if (out / "figures" / f"{name}.png").exists():
+            parts.append(f"### {name}\n\n![{name}](figures/{name}.png)")
+    vit.write_file(out / "report.md", ("\n\n".join(parts) + "\n").encode())
+    for name, ours, theirs, against, *_ in (heads, *table):
+        print(f"{name:<24}{ours:>9}{theirs:>9}  {against}")
+    print(f"{warning}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[vit.common_arguments()],
+        description=__doc__, formatter_class=raw, parents=[vit.common_arguments()]
     )
     stages = {function.__name__: function for function in (maps, cka, figures, movie, report)}
-    parser.add_argument(
-        "what", nargs="+", choices=list(stages), help="one of these, or several, one after another"
-    )
-    parser.add_argument("--before", help="maps, cka: checkpoint before fine-tuning")
-    parser.add_argument("--after", help="maps, cka: checkpoint after fine-tuning")
-    parser.add_argument(
-        "--seconds", type=int, help="report: how long the whole run took, where it ran in one go"
-    )
+    add = parser.add_argument
+    add("what", nargs="+", choices=list(stages), help="one of these, or several, one after another")
+    add("--before", help="maps, cka: checkpoint before fine-tuning")
+    add("--after", help="maps, cka: checkpoint after fine-tuning")
+    add("--seconds", type=int, help="report: how long the whole run took, where it ran in one go")
 
     def run(args: argparse.Namespace) -> None:
         """The stages that the command line names, one after another."""

@@ -9,6 +9,7 @@ report.template.md says in braces which number it wants; report.md is that page 
     {laptop m_probe training.angle}    another entry of the row
     {report finetune}                  the same row in the coursework report
     {laptop: versions.torch}           an entry of the run itself
+    {table}                            all rows of analysis.TABLE, with their commands and times
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import json
 import pathlib
 import re
-import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,23 +30,21 @@ PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (\S+?))?\}
 BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 # the rows of README.md's table
-ROWS = {
-    "pixels_probe": "linear probe of raw pixels",
-    "untrained_probe": "linear probe of an untrained encoder",
-    "infonce_probe": "linear probe after InfoNCE",
-    "m_probe": "linear probe after Model M, from scratch",
-    "m_joint_probe": "linear probe after Model M with InfoNCE beside it",
-    "finetune": "fine-tuned from it (the report: from its Model M)",
-    "finetune_scratch": "control: the same training from scratch (laptop: made by `questions`)",
-    "video_encoder_1": "pseudo-videos, one temporal block",
-    "video_encoder_2": "pseudo-videos, two temporal blocks",
-    "fusion_tiny": "with captions by a small captioner, trained here",
-    "fusion_tiny_image_only": "control: the same training without captions",
-    "fusion_tiny_text_only": "control: captions without the image",
-    "fusion_blip": "with captions by BLIP",
-    "cka_before": "CKA of CLS across the last attention, before fine-tuning",
-    "cka_after": "the same, after",
-}
+ROWS = [
+    "pixels_probe",
+    "untrained_probe",
+    "infonce_probe",
+    "infonce_longer_probe",
+    "m_probe",
+    "m_joint_probe",
+]
+ROWS += ["finetune_scratch", "finetune_infonce_longer", "finetune", "video_encoder_1", "video_encoder_2"]
+ROWS += ["fusion_tiny", "fusion_tiny_image_only", "fusion_tiny_text_only", "fusion_blip"]
+ROWS += ["cka_before", "cka_after"]
+# the rows of laptop's length that `bash run_all.sh questions` makes, not `bash run_all.sh laptop`
+QUESTIONS = {"infonce_longer_probe", "m_infonce_probe", "finetune_scratch", "finetune_infonce_longer"}
+QUESTIONS |= {f"video_{name}" for name in ("random", "balanced", "repeats")}
+QUESTIONS |= {f"video_report_{name}" for name in ("1", "1_probe", "2")}
 
 
 def look_up(results: dict, path: str):
@@ -63,7 +61,8 @@ def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> 
     found = []
     for name, results in runs.items():
         if profile == "report":
-            found.append(look_up(results, f"rows.{row}.report") or multimodal.REPORTED.get(row))
+            reported = analysis.REPORTED | multimodal.REPORTED
+            found.append(look_up(results, f"rows.{row}.report") or reported.get(row))
         elif profile in name.split("-"):
             found.append(look_up(results, f"rows.{row}.{key}" if row else key))
     found = [value for value in found if value is not None]
@@ -71,13 +70,19 @@ def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> 
         return "not measured"
     if key == "command":
         return found[0]
+    if row and key == "seconds":
+        return f"{found[0] / 60:.1f} min"  # of the first seed
     if not row or isinstance(found[0], str):
         texts = [f"{value / 60:.0f} min" if key == "seconds" else str(value) for value in found]
         return ", ".join(dict.fromkeys(texts))
-    mean = statistics.mean(found)
-    if key == "seconds":
-        return f"{mean / 60:.1f} min"
-    return analysis.formatted(row, mean, statistics.stdev(found) if len(set(found)) > 1 else None)
+    return analysis.in_words(row, *found) if profile != "report" else analysis.in_words(row, found[0])
+
+
+def number(runs: dict[str, dict], profile: str, row: str) -> str:
+    """A row's number, with a q if `questions` makes it."""
+    found = entry(runs, profile, row)
+    by_questions = profile == "laptop" and row in QUESTIONS and found != "not measured"
+    return f"{found} q" if by_questions else found
 
 
 def filled(template: str, runs: dict[str, dict]) -> str:
@@ -89,27 +94,46 @@ def filled(template: str, runs: dict[str, dict]) -> str:
             return entry(runs, profile, "", first)
         return entry(runs, profile, first, second or "value")
 
-    return PLACEHOLDER.sub(fill, template)
+    return PLACEHOLDER.sub(fill, template.replace("{table}", whole_table(runs)))
 
 
-def table(runs: dict[str, dict]) -> str:
+def whole_table(runs: dict[str, dict]) -> str:
+    """Every row, with the row it has to beat, its times and its command."""
+    lines = ["| row | what it is | report | laptop | full | control | time, laptop | time, full | command |"]
+    lines.append("|---|---|---:|---:|---:|---|---:|---:|---|")
+    for row, (what, *controls) in analysis.TABLE.items():
+        numbers = [number(runs, profile, row) for profile in ("report", "laptop", "full")]
+        if row == "m_best_probe" or (set(numbers) == {"not measured"}):
+            continue
+        times = [entry(runs, profile, row, "seconds") for profile in ("laptop", "full")]
+        command = entry(runs, "laptop", row, "command")
+        if command == "not measured":
+            command = entry(runs, "full", row, "command")
+        cells = [row, what, *numbers, controls[0] if controls else "", *times, f"`{command}`"]
+        cells[2] = cells[2].replace("not measured", "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def short_table(runs: dict[str, dict]) -> str:
     """README.md's table, in columns that can be read in an editor."""
-    lines = [["", "report", "laptop", "full"]]
-    for row, label in ROWS.items():
-        cells = [entry(runs, profile, row) for profile in ("report", "laptop", "full")]
-        lines.append([label, cells[0].replace("not measured", ""), *cells[1:]])
-    widths = [max(len(line[c]) for line in lines) for c in range(4)]
+    lines = [["row", "what it is", "report", "laptop", "full"]]
+    for row in ROWS:
+        cells = [number(runs, profile, row) for profile in ("report", "laptop", "full")]
+        lines.append([row, analysis.TABLE[row][0], cells[0].replace("not measured", ""), *cells[1:]])
+    widths = [max(len(line[c]) for line in lines) for c in range(5)]
     texts = []
-    for label, *cells in lines:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        texts.append("| " + " | ".join([label.ljust(widths[0]), *padded]) + " |")
-    texts.insert(
-        1, "|-" + "-" * widths[0] + "-|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
-    )
+    for name, what, *numbers in lines:
+        padded = [text.rjust(width) for text, width in zip(numbers, widths[2:])]
+        texts.append("| " + " | ".join([name.ljust(widths[0]), what.ljust(widths[1]), *padded]) + " |")
+    rule = ["-" * (width + 2) for width in widths[:2]] + ["-" * (width + 1) + ":" for width in widths[2:]]
+    texts.insert(1, "|" + "|".join(rule) + "|")
     seeds, images = entry(runs, "laptop", "", "seed"), entry(runs, "laptop", "", "provenance")
-    about = f"laptop: mean and standard deviation over seeds {seeds}; one seed where there is no ±."
-    about += f"\nImages: {images}."
-    return "\n".join([about, "", *texts]) + "\n"
+    about = (
+        f"laptop: mean ± standard deviation over seeds {seeds}; one seed where there is no ±; q: made by\n"
+    )
+    about += "`bash run_all.sh questions`, which is laptop and more. full: one seed.\n"
+    return "\n".join([f"{about}Images: {images}.", "", *texts]) + "\n"
 
 
 def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -128,7 +152,7 @@ def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     page = filled((out / "report.template.md").read_text(), runs)
     vit.write_file(out / "report.md", page.encode())
     readme = out.parent / "README.md"
-    text = BLOCK.sub(lambda block: block[1] + table(runs) + block[2], readme.read_text())
+    text = BLOCK.sub(lambda block: block[1] + short_table(runs) + block[2], readme.read_text())
     vit.write_file(readme, text.encode())
     print(f"wrote {out / 'report.md'} and {readme} from {', '.join(runs)}")
 

@@ -337,7 +337,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path, command, code, message):
 
 def test_results_on_validation_are_reported_too_and_never_mixed_with_another_data_set(tmp_path):
     call("ssl.py", "probe", "--checkpoint", "pixels", "--out", tmp_path, *TINY[:-2])
-    assert "raw pixels" in call("analysis.py", "report", "--out", tmp_path, "--data", "synthetic")
+    assert "pixels_probe" in call("analysis.py", "report", "--out", tmp_path, "--data", "synthetic")
     assert "validation split" in (tmp_path / "report.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(results | {"dataset": "cifar10"}))

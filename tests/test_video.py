@@ -342,7 +342,7 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     assert rows["video_report_1"]["report"] == 0.4404
     drawn = call("analysis.py", "figures", "--out", tmp_path, *TINY)
     assert "video.png" in drawn and "clips.png" in drawn, drawn
-    assert "factorised encoder" in call("analysis.py", "report", "--out", tmp_path, *TINY)
+    assert "video_encoder_1" in call("analysis.py", "report", "--out", tmp_path, *TINY)
     assert "finished before" in call(*command)
     call("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
     assert "another frames" in call(*command, "--frames", 8, code=1)
