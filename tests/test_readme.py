@@ -96,6 +96,38 @@ def test_the_two_commands_that_need_no_options(tmp_path):
     )
 
 
+def test_readmes_python_runs(tmp_path, monkeypatch):
+    """As it stands, but for where the images and the checkpoints are."""
+    small = [
+        "--data",
+        "synthetic",
+        "--limit",
+        64,
+        "--batch",
+        32,
+        "--dim",
+        16,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+    ]
+    for name in ("m_joint", "finetune"):
+        call("ssl.py", "finetune", *small, "--name", name, "--out", tmp_path)
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    compare = next(block for block in blocks if "StreamingCKA" in block)
+    compare = compare.replace("runs/cifar10-laptop", str(tmp_path))
+    found = {}
+    exec(
+        compare.replace('data.load("data", "validation")', 'data.load("synthetic", "test", limit=300)'), found
+    )
+    assert found["cka"].result().shape == (12, 12) and found["cka"].n == 300
+    load_stage1 = next(block for block in blocks if "importlib" in block)
+    exec(load_stage1, found)
+    assert found["stage1"].info_nce
+
+
 RESULTS = {
     "cifar10-laptop": {
         "seed": 0,
