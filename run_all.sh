@@ -38,8 +38,7 @@ done
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- set-up: an environment that has the requirements
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-has_all() { new_enough "$1" && "$1" -m pip install -q --no-index --dry-run -r requirements.txt >/dev/null 2>&1; }
+has_all() { "$1" -m pip install -q --no-index --dry-run -r requirements.txt >/dev/null 2>&1; }  # needs no network
 install() {
   echo "== set-up: installing requirements.txt into $2 (once; several GB)"
   "$1" -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"
@@ -51,12 +50,11 @@ elif "$system" -c 'import google.colab' 2>/dev/null || [ -n "${KAGGLE_KERNEL_RUN
   has_all "$system" || install "$system" "this notebook's environment"  # there no .venv can be made
 else
   if ! has_all .venv/bin/python; then
-    new_enough "$system" || fail "Python 3.10 or newer is needed; $system is $("$system" --version 2>&1);" \
-      "PYTHON=python3.12 bash run_all.sh ... names another one"
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none, or half made, as without python3-venv
-      echo "== set-up: making .venv"
-      "$system" -m venv .venv || fail "$system -m venv does not work here (on Debian: apt install python3-venv)"
-    fi
+    "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+      fail "Python 3.10 or newer is needed; $system is $("$system" --version 2>&1);" \
+        "PYTHON=python3.12 bash run_all.sh ... names another one"
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$system" -m venv .venv ||  # none, or half made: no pip in it
+      fail "$system -m venv does not work here (on Debian: apt install python3-venv)"
     install .venv/bin/python .venv
   fi
   export PATH="$PWD/.venv/bin:$PATH"
@@ -65,9 +63,16 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 SECONDS=0  # what follows is the experiment
 
 # ---------------------------------------------------------------- profile, processes, images, folder
-gpu="" default=laptop
-if python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1; then gpu=yes default=full; fi
-profile=${profile:-$default}
+gpu=""
+has_gpu() {  # one that works here; asked once
+  if [ -z "$gpu" ]; then
+    python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1 && gpu=yes || gpu=no
+  fi
+  [ $gpu = yes ]
+}
+if [ -z "$profile" ]; then
+  has_gpu && profile=full || profile=laptop
+fi
 epochs_infonce=1 epochs_m=1 epochs_m_continued=1 epochs_m_joint=1 epochs_finetune=1  # quick
 epochs_video=1 epochs_captioner=1 epochs_fusion=1 warmup=0.2 cutmix=0 cheaper="--frozen 4 --enlarge 40"
 if [ "$profile" = laptop ]; then
@@ -175,7 +180,7 @@ captions_by() { stage "a caption for every image" python multimodal.py caption -
 captioner=blip
 if [ -e $out/captions_blip.jsonl ]; then  # begun here, or brought from another machine
   captions_by blip
-elif [ -z "$gpu" ] || ! captions_by blip; then  # without a GPU BLIP would take a night
+elif ! { has_gpu && captions_by blip; }; then  # without a GPU BLIP would take a night
   captioner=tiny
   stage "a small BLIP for each fold, a small CLIP, as the real ones can't be had here" \
     $train multimodal.py tiny --checkpoint $out/m_joint.pt --epochs $epochs_captioner $cheaper

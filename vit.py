@@ -292,9 +292,11 @@ class Machine:
         if precision == "auto":
             self.precision, why = faster_precision(self.device)
         self.eval_batch = 125 if kind == "cpu" else 1000  # images at a time; few fit a CPU's cache
-        chip = torch.cuda.get_device_name(self.device) if kind == "cuda" else processor()[0]
-        among = f" in each of {PROCESSES} processes" if PROCESSES > 1 else ""
-        self.name = f"{kind} ({chip}, {torch.get_num_threads()} CPU threads{among})"
+        found = re.search(r"model name\s*: (.*)", cpuinfo())
+        chip = found[1] if found else platform.processor() or platform.machine()
+        if kind == "cuda":
+            chip = torch.cuda.get_device_name(self.device)
+        self.name = f"{kind} ({chip}, {torch.get_num_threads()} CPU threads)"
         print(f"{self.name}, {self.precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
 
     def autocast(self):
@@ -326,21 +328,19 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
     back, which makes them 3 to 25 times slower.
     """
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device.type == "cpu" and processor()[1]
-    if has_bfloat16:
+        has_instructions = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # as Linux calls them on AMD, Intel and ARM
+        flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo())
+        has_instructions = device.type == "cpu" and flags is not None
+    if has_instructions:
         return "bfloat16", "the chip has instructions for it"
     return "float32", "no instructions for bfloat16 are known here"
 
 
-def processor() -> tuple[str, bool]:
-    """The processor's name, and whether it has instructions for bfloat16 (only Linux tells)."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    has_bfloat16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text) is not None  # AMD, Intel, ARM
-    return name[1] if name else platform.processor() or platform.machine(), has_bfloat16
+def cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 # ---------------------------------------------------------------- files and checkpoints
@@ -472,7 +472,7 @@ class Run:
         self.args, self.name, self.model, self.machine, self.steps = args, name, model, machine, steps
         self.path = pathlib.Path(args.out) / f"{name}.pt"
         self.settings = what_matters(args, encoder) | (also or {})
-        self.code = code()
+        self.code = fingerprint(*loaded_files())
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
         # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
         decayed, others = [], []
@@ -555,14 +555,14 @@ class Run:
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
         self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}  images", last)
 
-    def save(self, **measured: float) -> None:
-        """End an epoch: show and keep its means and what was measured after it; write the checkpoint."""
+    def save(self, **extra: float) -> None:
+        """End an epoch: show and keep its means and `extra` metrics; write the checkpoint."""
         metrics = self.means()
         if PROCESSES > 1:
             everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
             dist.all_reduce(everywhere)
             metrics = dict(zip(metrics, everywhere.tolist()))
-        metrics |= measured
+        metrics |= extra
         self.show(metrics, last=True)
         for key, value in metrics.items():
             self.history.setdefault(key, []).append(value)
@@ -601,11 +601,11 @@ def what_matters(args: argparse.Namespace, encoder: ViT | None) -> dict:
     return found
 
 
-def code() -> str:
-    """The fingerprint of the loaded .py files of this folder: the script and what it imports."""
+def loaded_files() -> list[str]:
+    """The .py files of this folder that are loaded: the script and what it imports."""
     here = pathlib.Path(__file__).resolve().parent
-    loaded = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-    return fingerprint(*sorted(file for file in loaded if pathlib.Path(file).resolve().parent == here))
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    return sorted(file for file in files if pathlib.Path(file).resolve().parent == here)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

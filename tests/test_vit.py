@@ -376,8 +376,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     ],
 )
 def test_a_processor_computes_in_bfloat16_where_it_has_instructions(monkeypatch, cpuinfo, name, precision):
-    monkeypatch.setattr(vit.pathlib.Path, "exists", lambda self: True)
-    monkeypatch.setattr(vit.pathlib.Path, "read_text", lambda self: cpuinfo)
+    monkeypatch.setattr(vit, "cpuinfo", lambda: cpuinfo)
     machine = vit.Machine("cpu")
     assert machine.precision == precision and f"({name}," in machine.name
 
