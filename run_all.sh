@@ -63,27 +63,20 @@ if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 SECONDS=0  # what follows is the experiment
 
 # ---------------------------------------------------------------- profile, processes, images, folder
-gpu=""
-has_gpu() {  # one that works here; asked once
-  if [ -z "$gpu" ]; then
-    python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1 && gpu=yes || gpu=no
-  fi
-  [ $gpu = yes ]
-}
-if [ -z "$profile" ]; then
-  has_gpu && profile=full || profile=laptop
-fi
+gpu="" default=laptop
+if python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1; then gpu=yes default=full; fi
+profile=${profile:-$default}
 epochs_infonce=1 epochs_m=1 epochs_m_continued=1 epochs_m_joint=1 epochs_finetune=1  # quick
 epochs_video=1 epochs_captioner=1 epochs_fusion=1 warmup=0.2 cutmix=0 cheaper="--frozen 4 --enlarge 40"
-if [ "$profile" = laptop ]; then
+if [ $profile = laptop ]; then
   epochs_infonce=5 epochs_m=5 epochs_m_continued=2 epochs_m_joint=3 epochs_finetune=8 epochs_video=6 epochs_captioner=4
-elif [ "$profile" = full ]; then
+elif [ $profile = full ]; then
   epochs_infonce=20 epochs_m=20 epochs_m_continued=20 epochs_m_joint=20 epochs_finetune=50 epochs_video=25
   epochs_captioner=25 epochs_fusion=25 warmup=1 cutmix=0.5 cheaper=""  # CutMix pays in long training only
 fi
 
 NPROC=${NPROC:-1} train=python clips=python  # what starts the stages that train, and those that train on clips
-if [ "$NPROC" != 1 ]; then
+if [ $NPROC != 1 ]; then
   train="torchrun --standalone --nproc_per_node=$NPROC"
   [ $((10 % NPROC)) != 0 ] || clips=$train  # 10 clips a step must be shared out evenly
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, os.cpu_count() // $NPROC))")}
@@ -98,8 +91,7 @@ if [ "$data" != synthetic ]; then
     data=synthetic
   fi
 fi
-dataset=cifar10
-[ "$data" != synthetic ] || dataset=synthetic
+[ "$data" = synthetic ] && dataset=synthetic || dataset=cifar10
 warn() {
   local shapes="NO CIFAR-10: THIS RUN USES SYNTHETIC SHAPES. ITS NUMBERS ARE NOT CIFAR-10 NUMBERS."
   local quick="QUICK: A FEW IMAGES, ONE EPOCH, TO SEE THAT EVERYTHING WORKS. ITS NUMBERS MEAN NOTHING."
@@ -180,7 +172,7 @@ captions_by() { stage "a caption for every image" python multimodal.py caption -
 captioner=blip
 if [ -e $out/captions_blip.jsonl ]; then  # begun here, or brought from another machine
   captions_by blip
-elif ! { has_gpu && captions_by blip; }; then  # without a GPU BLIP would take a night
+elif [ -z "$gpu" ] || ! captions_by blip; then  # without a GPU BLIP would take a night
   captioner=tiny
   stage "a small BLIP for each fold, a small CLIP, as the real ones can't be had here" \
     $train multimodal.py tiny --checkpoint $out/m_joint.pt --epochs $epochs_captioner $cheaper
