@@ -317,8 +317,10 @@ def find_device(asked: str) -> torch.device:
         try:
             return (torch.zeros(1, device=name) + 1).device  # + 1: a GPU too old fails at its first kernel
         except (RuntimeError, AssertionError) as error:
-            print(f"the device {name!r} can't be used here: {str(error).splitlines()[0]}", flush=True)
-    sys.exit("no device is left; try --device cpu")
+            why = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
+            if asked == "auto":
+                print(f"{why}; going on without", flush=True)
+    sys.exit(f"{why}; try --device cpu")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
@@ -333,8 +335,8 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
         flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo())
         has_instructions = device.type == "cpu" and flags is not None
     if has_instructions:
-        return "bfloat16", "the chip has instructions for it"
-    return "float32", "no instructions for bfloat16 are known here"
+        return "bfloat16", "faster, as the chip has instructions for it"
+    return "float32", "faster, as no instructions for bfloat16 are known here"
 
 
 def cpuinfo() -> str:

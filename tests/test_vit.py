@@ -290,9 +290,8 @@ def test_a_gpu_without_kernels_in_this_torch_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(torch, "zeros", zeros)
     assert vit.Machine("auto", "float32").device.type == "cpu"
     assert "no kernel image" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="try --device cpu"):
+    with pytest.raises(SystemExit, match="'cuda' can't be used here .*no kernel image.*try --device cpu"):
         vit.Machine("cuda", "float32")
-    assert "the device 'cuda' can't be used here: CUDA error: no kernel image" in capsys.readouterr().out
 
 
 def test_a_disk_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch):
