@@ -24,16 +24,17 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import sys
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------
 # Part 1: the network
@@ -48,8 +49,7 @@ class Attention(nn.Module):
 
         attention(Q, K, V) = softmax(Q K^T / sqrt(D / H)) V
 
-    H heads do this side by side, each in its own D / H dimensions, so that one token can look for H things at
-    once.
+    H heads do this side by side, each in its own D / H dimensions, so that a token can look for H things.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -57,11 +57,10 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
-        # three projections side by side: one big matmul is faster than three
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)  # three projections side by side: one big matmul is faster
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [B, T, D] -> attended tokens [B, T, D], attention weights [B, H, T, T] (rows sum to one)."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # [B, T, 3, H, D/H]
@@ -81,8 +80,7 @@ class Block(nn.Module):
         x = x + mlp(norm(x))
 
     The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged;
-    this is why a ViT trains without the long warm-up that the original post-norm order needs (Xiong et al.
-    2020).
+    this is why a ViT trains without the long warm-up that the post-norm order needs (Xiong et al. 2020).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -92,13 +90,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
-    def forward(self, x: torch.Tensor, trace: list | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, trace: list | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D].
 
-        `trace`, where given, is a list that receives one dict per block: the residual stream "before" the
-        attention, "attended" (after the attention's residual sum) and "after" the block, each [B, T, D], and
-        the attention "weights" [B, H, T, T]. It serves CKA and pictures; the computation is the same with and
-        without it.
+        `trace`, for CKA and pictures, is a list that receives one dict per block: the residual stream
+        "before" the attention, "attended" (after its residual sum) and "after" the block, each [B, T, D], and
+        the attention "weights" [B, H, T, T].
         """
         update, weights = self.attn(self.norm1(x))
         attended = x + update
@@ -109,33 +106,25 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a short sentence of
-    patches.
+    """Vision Transformer encoder (Dosovitskiy et al. 2021, equations 1-4): an image as a sentence of patches.
 
     The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token
     is put in front, where it collects what describes the whole image; learned positions are added, since
-    attention by itself doesn't know where a token came from. The default makes 16 patches, 17 tokens, 1.2 M
-    parameters.
+    attention by itself doesn't know where a token came from. The default: 16 patches, 17 tokens, 1.2 M
+    parameters. `stem` replaces the linear map by a ConvStem.
     """
 
-    def __init__(
-        self,
-        image_size: int = 32,
-        patch_size: int = 8,
-        dim: int = 128,
-        depth: int = 6,
-        heads: int = 4,
-        stem: bool = False,
-    ):
+    def __init__(self, image_size=32, patch_size=8, dim=128, depth=6, heads=4, stem=False):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
         self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
         self.config |= {"heads": heads, "stem": stem}
         self.patches = (image_size // patch_size) ** 2
-        # a convolution whose stride is its kernel size = the same linear map applied to every patch
-        linear = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size) if not stem else None
-        self.patch_embedding = ConvStem(patch_size, dim) if stem else linear
+        if stem:
+            self.patch_embedding = ConvStem(patch_size, dim)
+        else:  # a convolution whose stride is its kernel size = the same linear map applied to every patch
+            self.patch_embedding = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + self.patches, dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
@@ -144,10 +133,10 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.apply(init_linear)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first.
 
-        Raises ValueError for images of another shape than the encoder was made for.
+        Raises ValueError for images of another size than the encoder was made for.
         """
         size = self.config["image_size"]
         if images.shape[1:] != (3, size, size):
@@ -157,7 +146,7 @@ class ViT(nn.Module):
         cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
         return torch.cat([cls, x], dim=1) + self.positions  # [B, 1 + N, D]
 
-    def forward(self, images: torch.Tensor, trace: list | None = None) -> torch.Tensor:
+    def forward(self, images: Tensor, trace: list | None = None) -> Tensor:
         """images: [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
         x = self.embed(images)
         for block in self.blocks:
@@ -166,22 +155,19 @@ class ViT(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """A patch embedding that looks for edges first: 3x3 convolution, non-linearity, then the linear map of a
-    patch.
+    """A patch embedding that looks for edges first: 3x3 convolution, GELU, then a patch's linear map.
 
-    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here; in
-    this one every patch is padded and convolved by itself, so that nothing of a blacked-out patch can be seen
-    next door.
+    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here;
+    here each is padded and convolved by itself, so that nothing of a blacked-out one can be seen next door.
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32):
         super().__init__()
         self.patch = patch
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, dim, patch)
-        )
+        edges = nn.Conv2d(3, width, 3, padding=1)
+        self.layers = nn.Sequential(edges, nn.GELU(), nn.Conv2d(width, dim, patch))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, S, S] -> [B, D, S/P, S/P]."""
         B, P, side = len(images), self.patch, images.shape[-1] // self.patch
         x = images.view(B, 3, side, P, side, P)  # [B, 3, row, P, column, P]
@@ -190,7 +176,7 @@ class ConvStem(nn.Module):
         return x.view(B, side, side, -1).permute(0, 3, 1, 2)  # [B, D, S/P, S/P]
 
 
-def standardise(images: torch.Tensor) -> torch.Tensor:
+def standardise(images: Tensor) -> Tensor:
     """Pixel values in [0, 1] -> about zero mean and unit spread (CIFAR-10's own are 0.47 and 0.25)."""
     return (images - 0.5) / 0.25
 
@@ -207,8 +193,7 @@ class ModelM(nn.Module):
 
     Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head
     reads the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
-    For InfoNCE there is a projector, an MLP that is thrown away afterwards: it may forget what the encoder
-    should keep.
+    InfoNCE's projector is an MLP that is thrown away afterwards: it may forget what the encoder should keep.
     """
 
     def __init__(self, encoder: ViT, projector: bool = False):
@@ -217,14 +202,13 @@ class ModelM(nn.Module):
         self.encoder = encoder
         self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
         self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
+        self.projector = None
         if projector:
             self.projector = nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
-        else:
-            self.projector = None
 
-    def forward(self, images: torch.Tensor, masked: torch.Tensor):
-        """images: [B, 3, S, S]; masked: [B, M] patch indices
-        -> angle logits [B, 4], pixels [B, M, 3*P*P], projected CLS [B, E] (None without a projector)."""
+    def forward(self, images: Tensor, masked: Tensor):
+        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], pixels [B, M, 3*P*P],
+        projected CLS [B, E] (None without a projector)."""
         tokens = self.encoder(images)
         cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
         index = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
@@ -241,7 +225,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.config["dim"], classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, S, S] -> class logits [B, K]."""
         return self.head(self.encoder(images)[:, 0])
 
@@ -249,10 +233,9 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # Part 2: the plumbing. Nothing below is about transformers.
 #
-# Under torchrun, PyTorch's launcher, every process holds the whole data set, draws the same random numbers
-# and augments the whole batch (cheap beside the network); then each trains on its `share`, `data_parallel`
-# averages the gradients, and InfoNCE, whose negatives are all other images of the batch, needs `gather`. A
-# single process gets from these three what it gave them.
+# Under torchrun, PyTorch's launcher, every process draws the same random numbers and augments the whole batch
+# (cheap beside the network); then each trains on its `share`, `data_parallel` averages the gradients, and
+# InfoNCE, whose negatives are all other images, needs `gather`. One process gets back what it gave them.
 # ---------------------------------------------------------------------------------------------------------
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -261,10 +244,7 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 
 def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
-    """Called like `model`, it averages the gradients of all processes in backward.
-
-    some_idle: the model has parameters that a step does not use.
-    """
+    """The model; its backward averages all processes' gradients. some_idle: not every step uses all of it."""
     if PROCESSES == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # harmless: CLS is expanded, not copied
@@ -272,18 +252,18 @@ def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
 
 
-def share(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+def share(x: Tensor, dim: int = 0) -> Tensor:
     """This process's part of a batch whose images lie along `dim`."""
     if x.shape[dim] % PROCESSES:
         sys.exit(f"{x.shape[dim]} can't be shared out evenly among {PROCESSES} processes: --batch or --clips")
     return x.chunk(PROCESSES, dim)[RANK]
 
 
-def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+def gather(x: Tensor, dim: int = 0) -> Tensor:
     """The inverse of `share`: the parts of all processes, joined; a process's gradient reaches its own part.
 
-    A softmax over some of the scores is no part of the softmax over all, so every process computes the loss
-    of the whole batch, and from it the gradient of its part alone. The whole gradient is the sum of these;
+    A softmax over some of the scores is no part of the softmax over all, so every process computes the whole
+    batch's loss, and from it the gradient of its part alone. The whole gradient is the sum of these;
     `data_parallel` takes their mean; so each is multiplied by their number.
     """
     if PROCESSES == 1:
@@ -299,93 +279,73 @@ class Machine:
     """Where the run computes, and in which precision; both chosen here, and printed."""
 
     def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
-        self.device = find_device(device)
+        self.device, self.seed = find_device(device), seed
+        kind = self.device.type
         if PROCESSES > 1 and not dist.is_initialized():
-            if self.device.type == "cuda":
+            if kind == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
-        chosen = [precision, "as asked"]
+        self.precision, why = precision, "as asked"
         if precision == "auto":
-            chosen = [*faster_precision(self.device)]
-        if PROCESSES > 1:
-            dist.broadcast_object_list(chosen)  # all take what process 0 found
-        self.precision, why = chosen
-        self.seed = seed
-        # images at a time in evaluation: small, so that the activations fit a CPU's cache
-        self.eval_batch = 125 if self.device.type == "cpu" else 1000
-        chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
-        self.name = f"{self.device.type} ({chip}, {torch.get_num_threads()} CPU threads"
-        self.name += f" in each of {PROCESSES} processes)" if PROCESSES > 1 else ")"
+            self.precision, why = faster_precision(self.device)
+        self.eval_batch = 125 if kind == "cpu" else 1000  # images at a time; few fit a CPU's cache
+        found = re.search(r"model name\s*: (.*)", cpuinfo())
+        chip = found[1] if found else platform.processor() or platform.machine()
+        if kind == "cuda":
+            chip = torch.cuda.get_device_name(self.device)
+        self.name = f"{kind} ({chip}, {torch.get_num_threads()} CPU threads)"
         print(f"{self.name}, {self.precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
 
     def autocast(self):
         """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def find_device(asked: str) -> torch.device:
     """The device that was asked for, or with "auto" the first that works; SystemExit where none does."""
-    candidates = [asked]
+    names = [asked]
     if asked == "auto":
-        candidates = ["cuda"] if torch.cuda.is_available() else []
-        candidates += ["mps"] if torch.backends.mps.is_available() and PROCESSES == 1 else []
-        candidates += ["cpu"]
-    for name in candidates:
+        mps = torch.backends.mps.is_available() and PROCESSES == 1
+        there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+        names = [name for name in there if there[name]]
+    for name in names:
         if name == "cuda" and PROCESSES > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU a process
         try:
             return (torch.zeros(1, device=name) + 1).device  # + 1: a GPU too old fails at its first kernel
         except (RuntimeError, AssertionError) as error:
-            why_not = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
+            why = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
             if asked == "auto":
-                print(f"{why_not}; going on without", flush=True)
-    sys.exit(f"{why_not}; try --device cpu")
+                print(f"{why}; going on without", flush=True)
+    sys.exit(f"{why}; try --device cpu")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
-    Some processors and GPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back,
-    3 to 25 times slower. So little work tells them apart: the best of a few products in each, in turns. On a
-    CPU one thread's own time counts, which stays the same however busy the machine is.
+    Chips with instructions for bfloat16 are 2 to 3 times faster in it. All others convert it to float32 and
+    back, which makes them 3 to 25 times slower.
     """
-    on_cpu = device.type == "cpu"
-    clock = time.thread_time if on_cpu else time.perf_counter
-    size = 384 if on_cpu else 4096
-    threads = torch.get_num_threads()
-    seconds = {"float32": math.inf, "bfloat16": math.inf}
-    end = time.perf_counter() + 0.1
-    torch.set_num_threads(1)
-    try:
-        matrix = torch.ones(size, size, device=device)  # not drawn: a seed's numbers are the experiment's
-        for k in range(5):
-            for precision in seconds:
-                start = clock()
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    (matrix @ matrix)[0, 0].item()  # .item() waits for the device
-                seconds[precision] = min(seconds[precision], clock() - start)
-            if k > 0 and time.perf_counter() > end:
-                break
-    except Exception:  # MPS before macOS 14: TypeError, some old GPUs: RuntimeError
-        return "float32", "bfloat16 does not work here"
-    finally:
-        torch.set_num_threads(threads)
-    faster, slower = sorted(seconds, key=seconds.get)
-    return faster, f"{seconds[slower] / seconds[faster]:.1f} times as fast as {slower} here"
+    if device.type == "cuda":
+        has_instructions = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # as Linux calls them on AMD, Intel and ARM
+        flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo())
+        has_instructions = device.type == "cpu" and flags is not None
+    if has_instructions:
+        return "bfloat16", "faster, as the chip has instructions for it"
+    return "float32", "faster, as no instructions for bfloat16 are known here"
 
 
-def processor_name() -> str:
-    """The processor as Linux names it, else as Python does."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+# ---------------------------------------------------------------- files and checkpoints
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
@@ -412,20 +372,35 @@ def write_tensors(path: pathlib.Path, state: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
+def write_arrays(path: pathlib.Path, **arrays) -> None:
+    """Keep arrays (tensors, numbers or strings) as .npz, all or nothing."""
+    import numpy
+
+    buffer = io.BytesIO()
+    on_cpu = {key: x.cpu() if torch.is_tensor(x) else x for key, x in arrays.items()}
+    numpy.savez_compressed(buffer, **on_cpu)
+    write_file(path, buffer.getvalue())
+
+
+def fingerprint(*paths: str | pathlib.Path) -> str:
+    """A short hash of the files' contents, to tell which weights a number came from ("" for no file)."""
+    files = [pathlib.Path(path) for path in paths if pathlib.Path(path).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
+
+
 def read_checkpoint(path: str | pathlib.Path) -> dict:
     """The contents of a checkpoint written by `Run`; SystemExit with one sentence where the file is none.
 
-    `weights_only` keeps a foreign file from running code: it admits tensors and plain Python values, nothing
-    else.
+    `weights_only` keeps a foreign file from running code: it admits only tensors and plain Python values.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no checkpoint {path}; a stage makes one, `python ssl.py pretrain` the first")
     except Exception:  # torch.load raises many kinds of error on a file that isn't its own
-        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage here wrote")
+        state = None
     if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
-        sys.exit(f"{path} is not a checkpoint of this project: it lacks what `Run` saves")
+        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage here wrote")
     return state
 
 
@@ -436,8 +411,8 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
     encoder = ViT(**state["config"])
     weights = {name.removeprefix("video."): value for name, value in state["model"].items()}
-    found = {name[8:]: value for name, value in weights.items() if name.startswith("encoder.")}
-    encoder.load_state_dict(found)
+    own = [name for name in weights if name.startswith("encoder.")]
+    encoder.load_state_dict({name.removeprefix("encoder."): weights[name] for name in own})
     return encoder
 
 
@@ -447,65 +422,78 @@ def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, ste
         encoder = load_encoder(checkpoint) if checkpoint else ViT(32, patch or 8, dim or 128, stem=stem)
     except ValueError as error:
         sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    asked = {"patch_size": patch, "dim": dim, "stem": stem or None}
-    for name, value in asked.items():
-        if value not in (None, encoder.config[name]):
-            option = name.removesuffix("_size")
-            sys.exit(f"the encoder in {checkpoint} has --{option} {encoder.config[name]}, not {value}")
+    for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
+        option, has = name.removesuffix("_size"), encoder.config[name]
+        if asked not in (None, has):
+            sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
     tokens, width = 1 + encoder.patches, encoder.config["dim"]
     print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
 
 
+# ---------------------------------------------------------------- training
+
+
+class Progress:
+    """A line that says how much of `total` is done, how fast it goes, and how long the rest will take."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self.started = self.shown = time.perf_counter()
+
+    def advance(self, pieces: int) -> None:
+        """So many more are done."""
+        self.done += pieces
+        self.show(f"{self.done:,} of {self.total:,} {self.what}", self.done == self.total)
+
+    def show(self, text: str, last: bool = False) -> None:
+        """Draw `text`, speed and time left over the line before; a log (no terminal) gets the last only."""
+        self.shown = time.perf_counter()
+        rate = self.done / (self.shown - self.started)
+        left = round((self.total - self.done) / rate)
+        line = f"{text} {rate:.0f}/s  {left // 60}:{left % 60:02} left"
+        width = shutil.get_terminal_size().columns - 1
+        if sys.stdout.isatty():
+            print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
+        elif last:
+            print(line, flush=True)
+
+
 class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again.
 
-    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt, one file.
-    So a resumed run draws the same numbers as an uninterrupted one and, on a CPU, ends with the same weights
-    bit by bit.
+    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt. So a
+    resumed run draws the same numbers as an uninterrupted one; on a CPU its weights are the same bit by bit.
     """
 
-    def __init__(
-        self,
-        args,
-        name: str,
-        model: nn.Module,
-        machine: Machine,
-        encoder: ViT | None,
-        steps: int,
-        also: dict | None = None,
-    ):
-        """`encoder`: the one that --dim, --patch and --stem describe (None: they describe none); `steps` of
-        an epoch; `also`: settings that are no options."""
+    def __init__(self, args, name: str, model: nn.Module, machine: Machine, encoder, steps: int, also=None):
+        """`encoder`: the ViT that --dim, --patch and --stem describe, or None; `steps` of an epoch; `also`:
+        a dict of settings that are no options."""
         if steps < 1:
             sys.exit(f"{name}: the images are fewer than one step's {args.batch}; choose a smaller batch")
+        self.args, self.name, self.model, self.machine, self.steps = args, name, model, machine, steps
         self.path = pathlib.Path(args.out) / f"{name}.pt"
-        self.name, self.model, self.machine, self.args, self.steps = name, model, machine, args, steps
-        self.settings = settings(args, encoder) | (also or {})
+        self.settings = what_matters(args, encoder) | (also or {})
+        self.code = fingerprint(*loaded_files())
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
         # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
         decayed, others = [], []
         for key, p in model.named_parameters():
             is_matrix = p.ndim > 1 and not key.endswith(("cls", "positions"))
             (decayed if is_matrix else others).append(p)
-        groups = [
-            {"params": decayed, "weight_decay": args.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = [{"params": decayed, "weight_decay": args.weight_decay}]
+        groups += [{"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
-        self.epoch = 0  # finished ones
-        self.seconds = 0.0
         self.history = {}  # metric -> its mean in each epoch
+        self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
+        self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(
-            f"{name}: {millions:.1f} M parameters, {args.epochs} epochs "
-            f"of {steps} steps of {args.batch} images"
-        )
-        if args.warmup >= args.epochs:
-            print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
+        work = f"{args.epochs} epochs of {steps} steps of {args.batch} images"
+        print(f"{name}: {millions:.1f} M parameters, {work}", flush=True)
         if self.path.exists() and not args.fresh:
             self.resume()
-        self.begin_epoch()
+        self.started = time.perf_counter()  # of the epoch
+        self.progress = Progress("images", (args.epochs - self.epoch) * steps * args.batch)
 
     def resume(self) -> None:
         """Go on from the checkpoint of an earlier start of this run."""
@@ -515,102 +503,99 @@ class Run:
             now["device"] = self.machine.device.type  # in mid-run: a random generator can't go on elsewhere
         for key in now:
             if before.get(key) != now[key]:
-                sys.exit(
-                    f"{self.path} was made with another {key.replace('_', '-')} "
-                    f"({before.get(key)}, not {now[key]}); "
-                    "add --fresh to start over, or choose another --out or --name"
-                )
+                option = "--" + key.replace("_", "-")
+                made = f"{option} {before.get(key)}, not {now[key]}"
+                if key in FILES:
+                    made = f"another {option}"
+                elif key == "epochs":
+                    made += " (its learning rate falls to zero at the end: there is no going on)"
+                advice = "add --fresh to start over, or choose another --name"
+                sys.exit(f"{self.path} was made with {made}: {advice}")
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         if not state["optimizer"]:  # not kept once a run is finished
-            print(
-                f"{self.name}: finished before, taken from {self.path} "
-                "(an edited file is not noticed: --fresh trains anew)"
-            )
+            edited = state.get("code", self.code) != self.code
+            note = "; the code has been edited since: --fresh trains anew" if edited else ""
+            print(f"{self.name}: finished before, taken from {self.path}{note}")
             return
         print(f"{self.name}: going on after epoch {self.epoch} of {self.args.epochs} in {state['precision']}")
         self.machine.precision = state["precision"]  # another one would be another run
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
 
-    def summary(self) -> dict:
-        """What a row of results.json says of its training."""
-        last = {key: self.history[key][-1] for key in ("train", "validation") if key in self.history}
-        return last | {"epochs": self.epoch, "seconds": self.seconds, "weights": fingerprint(self.path)}
-
-    def begin_epoch(self) -> None:
-        """Nothing of the epoch that comes is done yet."""
-        self.batches, self.metrics = 0, {}  # metric -> its value in each batch so far
-        self.started = self.shown = self.logged = time.perf_counter()
-
     def set_learning_rate(self) -> None:
-        """Linear warm-up, then half a cosine down to zero, over all steps of the run."""
-        done, total = self.epoch * self.steps + self.batches, self.args.epochs * self.steps
+        """Linear warm-up, then half a cosine down to zero (SGDR, 2017), over all steps of the run."""
+        step, total = self.epoch * self.steps + self.batches, self.args.epochs * self.steps
+        warmup = int(self.args.warmup * self.steps)
+        if step < warmup:
+            share_of_full = (step + 1) / warmup
+        else:
+            share_of_full = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * schedule(done, total, int(self.args.warmup * self.steps))
+            group["lr"] = self.args.lr * share_of_full
 
-    def log(self, **metrics: torch.Tensor) -> None:
-        """End a step: count it (set_learning_rate goes by this count), note its loss and other scalars; once
-        a second show their means so far. Call it once a batch, after the optimiser's step."""
+    def log(self, **metrics: Tensor) -> None:
+        """End a step, after the optimiser's: count it (set_learning_rate goes by this count), note its loss
+        and other scalars; once a second show their means so far."""
         for key, value in metrics.items():
-            self.metrics.setdefault(key, []).append(value.detach().float())
+            self.sums[key] = self.sums.get(key, 0) + value.detach().float()
         self.batches += 1
-        self.logged = time.perf_counter()
-        if self.logged - self.shown > 1:  # not at every batch: reading the values makes a GPU wait
-            self.shown = self.logged
-            show(self.line(self.means()))
+        self.progress.done += self.args.batch
+        if time.perf_counter() - self.progress.shown > 1:  # at every batch it would make a GPU wait
+            self.show(self.means())
 
     def means(self) -> dict[str, float]:
-        """Every metric's mean over this process's batches so far; SystemExit where the loss is not finite."""
-        values = {key: torch.stack(noted).cpu() for key, noted in self.metrics.items()}
-        bad = (~torch.isfinite(values["loss"])).nonzero()
-        if len(bad):
-            sys.exit(
-                f"\n{self.name}: the loss is not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; "
-                "the last good epoch, if any, is kept; try a smaller --lr with --fresh"
-            )
-        return {key: value.mean().item() for key, value in values.items()}
+        """Every metric's mean over the epoch's batches so far; SystemExit where the loss is not finite."""
+        means = {key: (total / self.batches).item() for key, total in self.sums.items()}
+        if not math.isfinite(means["loss"]):
+            where = f"{self.name}: the loss is not finite in epoch {self.epoch + 1}"
+            sys.exit(f"\n{where}; the last good epoch is kept; try a smaller --lr with --fresh")
+        return means
 
-    def line(self, metrics: dict[str, float]) -> str:
-        """The progress line: where the run is, how fast, and how long the rest will take."""
-        seconds = self.logged - self.started
-        left = ((self.args.epochs - self.epoch) * self.steps - self.batches) * seconds / self.batches
+    def show(self, metrics: dict[str, float], last: bool = False) -> None:
+        """The progress line, with so many metrics."""
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
-        speed = f"{self.batches * self.args.batch / seconds:.0f} images/s"
-        return f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}  {speed}  {minutes(left)} left"
+        self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}  images", last)
 
-    def save(self, **measured: float) -> None:
-        """End an epoch: show and keep its means and what was measured after it; write the checkpoint."""
+    def save(self, **extra: float) -> None:
+        """End an epoch: show and keep its means and `extra` metrics; write the checkpoint."""
         metrics = self.means()
         if PROCESSES > 1:
             everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
             dist.all_reduce(everywhere)
             metrics = dict(zip(metrics, everywhere.tolist()))
-        metrics |= measured
-        show(self.line(metrics), last=True)
+        metrics |= extra
+        self.show(metrics, last=True)
         for key, value in metrics.items():
             self.history.setdefault(key, []).append(value)
-        self.epoch += 1
-        self.seconds += time.perf_counter() - self.started
-        state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings")}
-        state |= {"device": self.machine.device.type, "precision": self.machine.precision}
-        state |= {"model": self.model.state_dict(), "optimizer": None}
-        state |= {"generator": self.generator.get_state()}
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        self.epoch, self.batches, self.sums, self.started = self.epoch + 1, 0, {}, now
         encoder = getattr(self.model, "encoder", None)  # a model of another library has none
-        state["config"] = encoder.config if encoder else None
+        state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings", "code")}
+        state |= {"device": self.machine.device.type, "precision": self.machine.precision}
+        state |= {"model": self.model.state_dict(), "config": encoder.config if encoder else None}
+        state |= {"generator": self.generator.get_state(), "optimizer": None}
         if self.args.keep_epochs:
             write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
         if self.epoch < self.args.epochs:
             state["optimizer"] = self.optimizer.state_dict()
         write_tensors(self.path, state)
-        self.begin_epoch()
+
+    def summary(self) -> dict:
+        """What a row of results.json says of its training."""
+        last = {key: self.history[key][-1] for key in ("train", "validation") if key in self.history}
+        return last | {"epochs": self.epoch, "seconds": self.seconds, "weights": fingerprint(self.path)}
 
 
-def settings(args: argparse.Namespace, encoder: ViT | None) -> dict:
+FILES = {"init", "checkpoint", "captions"}  # options that name a file; what counts is its contents
+
+
+def what_matters(args: argparse.Namespace, encoder: ViT | None) -> dict:
     """What makes it another run: its options, less those that leave the weights alone, and its files."""
     harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
     found = {key: value for key, value in vars(args).items() if key not in harmless}
-    for key in {"init", "checkpoint", "captions"} & found.keys():
+    for key in FILES & found.keys():
         found[key] = fingerprint(found[key] or "")
     if encoder:  # its sizes, said or left to the default, are the same run
         config = encoder.config
@@ -618,63 +603,25 @@ def settings(args: argparse.Namespace, encoder: ViT | None) -> dict:
     return found
 
 
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Share of the full learning rate at `step`: linear warm-up, then half a cosine to zero (SGDR, 2017)."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def loaded_files() -> list[str]:
+    """The .py files of this folder that are loaded: the script and what it imports."""
+    here = pathlib.Path(__file__).resolve().parent
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    return sorted(file for file in files if pathlib.Path(file).resolve().parent == here)
 
 
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of logits [n, K] whose largest entry is the label [n]."""
     return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
-def minutes(seconds: float) -> str:
-    """83 -> "1:23"."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
-
-
-def show(line: str, last: bool = False) -> None:
-    """Draw a progress line over the one before, as wide as the terminal; a log gets only the last one."""
-    width = shutil.get_terminal_size().columns - 1
-    if sys.stdout.isatty():
-        print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
-    elif last:
-        print(line, flush=True)
-
-
-class Progress:
-    """A progress line for work that is no training: `total` pieces of `what`."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.started = what, total, 0, time.perf_counter()
-
-    def advance(self, pieces: int) -> None:
-        """So many more are done."""
-        self.done += pieces
-        rate = self.done / (time.perf_counter() - self.started)
-        left = minutes((self.total - self.done) / rate)
-        show(
-            f"{self.done:,} of {self.total:,} {self.what}, {rate:.0f}/s, {left} left", self.done == self.total
-        )
-
-
-def fingerprint(*paths: str | pathlib.Path) -> str:
-    """A short hash of the files' contents, to tell which weights a number came from ("" for no file)."""
-    files = [pathlib.Path(path) for path in paths if pathlib.Path(path).is_file()]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
+# ---------------------------------------------------------------- results.json, the command line
 
 
 def read_results(out: str | pathlib.Path) -> dict:
     """The contents of out/results.json; empty rows where there is none yet."""
     path = pathlib.Path(out) / "results.json"
-    if not path.exists():
-        return {"rows": {}}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        sys.exit(f"{path} is no JSON any more; mend it or move it away: the stages write their rows anew")
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
 
 def row_name(args: argparse.Namespace, name: str) -> str:
@@ -687,53 +634,33 @@ def arrays_path(args: argparse.Namespace, name: str) -> pathlib.Path:
     return pathlib.Path(args.out) / f"{row_name(args, name)}.npz"
 
 
-def write_arrays(path: pathlib.Path, **arrays) -> None:
-    """Keep arrays (tensors, numbers or strings) as .npz, all or nothing."""
-    import numpy
-
-    buffer = io.BytesIO()
-    arrays = {key: x.cpu().numpy() if torch.is_tensor(x) else numpy.asarray(x) for key, x in arrays.items()}
-    numpy.savez_compressed(buffer, **arrays)
-    write_file(path, buffer.getvalue())
-
-
 def record(args: argparse.Namespace, name: str, machine: Machine, source, **row) -> None:
     """Put one row into results.json: `value` (a fraction), what else the row says, the command typed.
 
     `source`: what data.source says of --data.
     """
-    results = read_results(args.out)
-    packages = ("torch", "numpy", "pillow", "transformers", "open_clip_torch")
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "pillow", "transformers", "open_clip_torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a copied file needs only some of them
+            versions[package] = metadata.version(package)
+    launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
     where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
-    versions = {package: installed(package) for package in packages}
-    results |= {"dataset": source.name, "provenance": source.provenance} | where
-    results |= {"versions": {"python": platform.python_version()} | versions}
-    results["rows"][row_name(args, name)] = where | row | {"split": args.split, "command": typed()}
+    results, name = read_results(args.out), row_name(args, name)
+    results |= {"dataset": source.name, "provenance": source.provenance, "versions": versions} | where
+    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv])}
+    results["rows"][name] = where | row | typed
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(f"{row_name(args, name)}: {row['value']:.4f}", flush=True)
-
-
-def installed(package: str) -> str | None:
-    """The package's version; None where it is not installed: a copied file needs only some of them."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    print(f"{name}: {row['value']:.4f}", flush=True)
 
 
 def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
     """True where results.json already has this row, from the same command and the same weights."""
-    row = read_results(args.out)["rows"].get(row_name(args, name), {})
+    name = row_name(args, name)
+    row = read_results(args.out)["rows"].get(name, {})
     known = row.get("weights") == fingerprint(*checkpoints) and row["command"].endswith(shlex.join(sys.argv))
     if known:
-        print(f"{row_name(args, name)}: {row['value']:.4f}, measured before", flush=True)
+        print(f"{name}: {row['value']:.4f}, measured before", flush=True)
     return known
-
-
-def typed() -> str:
-    """The command line that started this."""
-    launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
-    return shlex.join([*launcher, *sys.argv])
 
 
 def common_arguments() -> argparse.ArgumentParser:
@@ -771,8 +698,7 @@ def training_arguments(epochs: int, lr: float, batch: int | None = None) -> argp
 
 
 def command(parser: argparse.ArgumentParser, source) -> None:
-    """Run the stage that the command line names; its parser has set `run` to the function. `source`:
-    data.source."""
+    """Run the stage that is typed (its parser has set `run` to the function). `source`: data.source."""
     import filelock  # comes with torch
 
     args = parser.parse_args()
@@ -791,35 +717,26 @@ def command(parser: argparse.ArgumentParser, source) -> None:
     except OSError as error:
         sys.exit(f"can't work in the folder {out}: {error.strerror}; choose another --out")
     try:
-        held = read_results(out).get("dataset")
-        asked = source(args.data).name
+        held, asked = read_results(out).get("dataset"), source(args.data).name
         if held not in (None, asked):
             sys.exit(f"{out} holds results on {held} images, not {asked}; choose another --out or --data")
         if PROCESSES > 1 and not hasattr(args, "epochs"):
             sys.exit("this is no training stage; start it with python instead of torchrun")
         args.run(args)
     except KeyboardInterrupt:
-        print(
-            "\nstopped; the same command goes on where it was, training after its last epoch", file=sys.stderr
-        )
+        print("\nstopped; the same command goes on where it was, after its last epoch", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
-        if not any(
-            words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")
-        ):
+        if not re.search("out of memory|(allocate|not enough) memory", str(error)):
             raise
-        sys.exit(
-            "out of memory; choose a smaller --batch (video.py: fewer --clips) with --fresh, or --device cpu"
-        )
+        sys.exit("out of memory; choose a smaller --batch (video.py: --clips) with --fresh, or --device cpu")
     finally:
         lock.release()  # a notebook lives on after its %run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="print the network, layer by layer", parents=[common_arguments()]
-    )
-    args = parser.parse_args()
+    description = "print the network, layer by layer"
+    args = argparse.ArgumentParser(description=description, parents=[common_arguments()]).parse_args()
     encoder = make_encoder(None, args.patch, args.dim, args.stem)
     for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
         print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")

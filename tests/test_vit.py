@@ -1,13 +1,13 @@
 """The network against two independent implementations, and the promises of the plumbing."""
 
 import argparse
-import contextlib
 import errno
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import filelock
 import pytest
@@ -135,12 +135,6 @@ def test_images_of_another_size_than_the_encoder_was_made_for_are_refused(shape)
         vit.ViT(dim=16, depth=1)(torch.zeros(shape))
 
 
-def test_schedule_warms_up_then_falls_to_zero():
-    rates = [vit.schedule(t, 100, 10) for t in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-
-
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +148,17 @@ def arguments(out, **changed):
 def tiny_run(out, **changed):
     machine, encoder = vit.Machine("cpu", "float32", seed=1), vit.ViT(dim=16, depth=1)
     return vit.Run(arguments(out, **changed), "tiny", vit.Classifier(encoder), machine, encoder, 3)
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero(tmp_path):
+    run, rates = tiny_run(tmp_path, epochs=10, lr=1.0), []
+    run.steps = 10  # of each of ten epochs, the first of which is the warm-up
+    for run.epoch in range(10):
+        for run.batches in range(10):
+            run.set_learning_rate()
+            rates.append(run.optimizer.param_groups[1]["lr"])
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
 def test_decay_touches_matrices_only(tmp_path):
@@ -179,8 +184,8 @@ def train(run, poison=None):
         run.save()
 
 
-def test_a_loss_that_is_not_finite_names_stage_and_step_and_keeps_the_last_good_epoch(tmp_path):
-    with pytest.raises(SystemExit, match="tiny: the loss is not finite at epoch 2, step 3"):
+def test_a_loss_that_is_not_finite_names_stage_and_epoch_and_keeps_the_last_good_epoch(tmp_path):
+    with pytest.raises(SystemExit, match="tiny: the loss is not finite in epoch 2"):
         train(tiny_run(tmp_path), poison=(1, 2))
     state = vit.read_checkpoint(tmp_path / "tiny.pt")
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
@@ -200,9 +205,30 @@ def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
 
 def test_other_settings_do_not_resume_silently(tmp_path):
     train(tiny_run(tmp_path))
-    with pytest.raises(SystemExit, match="another lr.*--fresh"):
+    with pytest.raises(SystemExit, match="tiny.pt was made with --lr 0.001, not 1.0: add --fresh"):
         tiny_run(tmp_path, lr=1.0)
+    with pytest.raises(SystemExit, match="--epochs 2, not 3 .its learning rate falls to zero"):
+        tiny_run(tmp_path, epochs=3)
+    with pytest.raises(SystemExit, match="was made with another --checkpoint: add --fresh"):
+        tiny_run(tmp_path, checkpoint=tmp_path / "tiny.pt")
     assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
+
+
+def test_an_edited_file_is_noticed_and_one_that_is_not_loaded_is_not(tmp_path, monkeypatch, capsys):
+    copy = shutil.copy(ROOT / "vit.py", tmp_path)
+    monkeypatch.setattr(vit, "__file__", copy)
+    train(tiny_run(tmp_path))
+    (tmp_path / "other.py").write_text("x = 1")
+    tiny_run(tmp_path)
+    assert "finished before" in (text := capsys.readouterr().out) and "code has been" not in text
+    (tmp_path / "vit.py").write_text("# a comment\n" + (ROOT / "vit.py").read_text())
+    tiny_run(tmp_path)
+    assert "finished before" in (text := capsys.readouterr().out) and "has been edited since: --fresh" in text
+    assert tiny_run(tmp_path, fresh=True).epoch == 0
+    state = torch.load(tmp_path / "tiny.pt", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "code"}, tmp_path / "tiny.pt")
+    tiny_run(tmp_path)  # a checkpoint of before
+    assert "finished before" in (text := capsys.readouterr().out) and "code has been" not in text
 
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
@@ -283,11 +309,6 @@ def test_a_stage_gives_its_folder_back_when_it_ends(tmp_path):
     filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
 
 
-def test_a_broken_results_file_gets_one_sentence(tmp_path):
-    (tmp_path / "results.json").write_text('{"rows": {')
-    assert "is no JSON any more" in call("analysis.py", "report", "--out", tmp_path, code=1)
-
-
 def test_a_process_that_is_not_the_first_says_why_it_fails(tmp_path):
     second = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}
     assert "no training stage" in run("analysis.py", "report", "--out", tmp_path, code=1, env=second)
@@ -296,14 +317,22 @@ def test_a_process_that_is_not_the_first_says_why_it_fails(tmp_path):
 def test_progress_lines_fit_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(vit.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     monkeypatch.setattr(vit.sys.stdout, "isatty", lambda: True, raising=False)
-    vit.show("x" * 200)
-    vit.show("done", last=True)
-    assert capsys.readouterr().out == "\r" + "x" * 79 + "\r" + f"{'done':<79}" + "\n"
+    monkeypatch.setattr(vit.time, "perf_counter", iter([0.0, 2.0, 4.0]).__next__)
+    progress = vit.Progress("pieces", 400)
+    progress.done = 8
+    progress.show("x" * 200)
+    progress.advance(392)
+    line = "400 of 400 pieces 100/s  0:00 left"
+    assert capsys.readouterr().out == "\r" + "x" * 79 + "\r" + f"{line:<79}" + "\n"
 
 
-@pytest.mark.parametrize("seconds, text", [(59.6, "1:00"), (0, "0:00"), (3599.7, "60:00"), (83, "1:23")])
-def test_minutes_have_sixty_seconds(seconds, text):
-    assert vit.minutes(seconds) == text
+@pytest.mark.parametrize("left, text", [(59.6, "1:00"), (0, "0:00"), (3599.7, "60:00"), (83, "1:23")])
+def test_minutes_have_sixty_seconds(left, text, monkeypatch, capsys):
+    monkeypatch.setattr(vit.time, "perf_counter", iter([0.0, 1.0]).__next__)
+    progress = vit.Progress("pieces", 1 + left)
+    progress.done = 1
+    progress.show("tea", last=True)
+    assert capsys.readouterr().out == f"tea 1/s  {text} left\n"
 
 
 @pytest.mark.parametrize("name", ["data.py", "ssl.py", "analysis.py"])
@@ -313,11 +342,7 @@ def test_help_works_without_docstrings(name):
 
 @pytest.mark.parametrize(
     "content, message",
-    [
-        (None, "no checkpoint"),
-        (b"not a checkpoint", "can't be read"),
-        ("foreign", "not a checkpoint of this project"),
-    ],
+    [(None, "no checkpoint"), (b"not a checkpoint", "can't be read"), ("foreign", "can't be read")],
 )
 def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, message):
     path = tmp_path / "c.pt"
@@ -340,42 +365,25 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypatch):
-    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no
-    random number."""
-    cost, now = {torch.float32: 3.0, torch.bfloat16: 1.0}, [0.0]
-
-    def product(a, b, matmul=torch.Tensor.__matmul__):
-        result = matmul(a, b)
-        now[0] += cost[result.dtype]
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    monkeypatch.setattr(vit.time, "thread_time", lambda: now[0])
-    before = torch.get_rng_state()
-    assert vit.faster_precision(torch.device("cpu")) == ("bfloat16", "3.0 times as fast as float32 here")
-    cost[torch.bfloat16] = 75.0
-    assert vit.faster_precision(torch.device("cpu")) == ("float32", "25.0 times as fast as bfloat16 here")
-    assert torch.equal(before, torch.get_rng_state())
+@pytest.mark.parametrize(
+    "cpuinfo, name, precision",
+    [
+        ("model name\t: AMD EPYC 9\nflags\t\t: avx2 avx512_bf16 sse\n", "AMD EPYC 9", "bfloat16"),
+        ("model name\t: Intel Xeon\nflags\t\t: amx_bf16 amx_tile\n", "Intel Xeon", "bfloat16"),
+        ("Features\t: fp asimd bf16 i8mm\n", platform.processor() or platform.machine(), "bfloat16"),  # ARM
+        ("model name\t: AMD Ryzen 5\nflags\t\t: avx2 avx512f\n", "AMD Ryzen 5", "float32"),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_where_it_has_instructions(monkeypatch, cpuinfo, name, precision):
+    monkeypatch.setattr(vit, "cpuinfo", lambda: cpuinfo)
+    machine = vit.Machine("cpu")
+    assert machine.precision == precision and f"({name}," in machine.name
 
 
-@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
-def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
-    """As MPS before macOS 14 (TypeError) and GPUs without it (RuntimeError)."""
-
-    def autocast(*_, enabled, **__):
-        if enabled:
-            raise error("not here")
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(torch, "autocast", autocast)
-    assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
-
-
-def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_the_threads_as_they_were():
-    threads, start = torch.get_num_threads(), time.thread_time()
-    vit.faster_precision(torch.device("cpu"))
-    assert time.thread_time() - start < 0.3 and torch.get_num_threads() == threads
+def test_a_gpu_computes_in_bfloat16_where_it_need_not_emulate_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert vit.faster_precision(torch.device("cuda"))[0] == "float32"
+    assert vit.faster_precision(torch.device("mps"))[0] == "float32"
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
