@@ -87,7 +87,7 @@ class FactorisedEncoder(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Attention among the F tokens at the same place of a clip's frames, added to a block of an image encoder.
+    """Attention among the F tokens at the same place of a clip's frames, added to an image encoder's block.
 
     It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as
     the image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
@@ -126,8 +126,8 @@ class FactorisedAttention(nn.Module):
         super().__init__()
         dim = encoder.config["dim"]
         self.encoder = encoder
-        temporal = [TemporalAttention(block, frames, ordered) for block in encoder.blocks[-blocks:]]
-        self.temporal = nn.ModuleList(temporal)
+        last = encoder.blocks[-blocks:]
+        self.temporal = nn.ModuleList([TemporalAttention(block, frames, ordered) for block in last])
         self.head = nn.Linear(dim, classes)
         self.frame_head = nn.Linear(dim, classes)
 
