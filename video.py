@@ -183,9 +183,7 @@ def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: in
     return torch.tensor(epoch[: steps * clips]).view(steps, clips, sampler.batch)
 
 
-def random_repeats(
-    clips: int, frames: int, device: torch.device, generator: Generator | None = None
-) -> Tensor:
+def random_repeats(clips: int, frames: int, device, generator: Generator | None = None) -> Tensor:
     """Which image each frame shows, [clips, frames], in clips of 1 to `frames` different images."""
     different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
     shown = torch.arange(frames, device=device) % different  # [clips, frames]
@@ -193,15 +191,7 @@ def random_repeats(
     return shown.gather(1, order)
 
 
-def clip_loss(
-    logits: Tensor,
-    each: Tensor,
-    labels: Tensor,
-    other: Tensor,
-    kept: Tensor,
-    smoothing: float,
-    frame_loss: float,
-) -> Tensor:
+def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: float) -> Tensor:
     """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image [C, F, K].
 
     A clip mixed by CutMix has two labels, labels [C] and other [C], the first for the share `kept` [] of its
@@ -296,15 +286,7 @@ def predict(model: nn.Module, images: Tensor, index: Tensor, frames: int, machin
     return torch.cat(logits)
 
 
-def same_class_accuracy(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    different: int,
-    frames: int,
-    seed: int,
-    machine: vit.Machine,
-) -> float:
+def same_class_accuracy(model, images, labels, different: int, frames: int, seed: int, machine) -> float:
     """Accuracy on clips of so many `different` images of one class. 1: static videos, every image once.
     More: the labels were used to put the clip together, so this says what a vote would bring, not how well
     an image is recognised."""
