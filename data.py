@@ -1,6 +1,6 @@
 """From disk to a batch on the device: CIFAR-10, augmentation, patch masking and rotation, samplers.
 
-Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in; the three splits
+Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in
 Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix
 Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task)
 Part 4, batches:         shuffled batches, SameClassBatchSampler
@@ -20,6 +20,7 @@ Shape letters: B batch, S image size, P patch size, N patches, M masked patches,
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import http.client
@@ -30,7 +31,6 @@ import shutil
 import sys
 import tarfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Generator, Tensor
 
 # the binary version: labels and pixels, no pickle
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -57,92 +58,61 @@ SHAPES = "disc ring square frame triangle cross star crescent bars checkers".spl
 
 
 def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
-    """Download, check and unpack the archive so that folder/cifar-10-batches-bin appears last, complete or
-    not at all.
+    """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all.
 
-    A broken download is picked up where it broke, now or by the next call.
-    Raises SystemExit with one sentence: no network, no space, a wrong checksum, not an archive.
+    Raises SystemExit with one sentence: no network, no space, a wrong checksum.
     """
     archive, part = folder / "cifar-10-binary.tar.gz.part", folder / (FOLDER + ".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _download(url, archive, size)
+        download(url, archive, size)
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != sha256:
             archive.unlink()
-            sys.exit(
-                f"{url} gave a file with SHA-256 {digest[:12]}..., not the published {sha256[:12]}...; "
-                "it was deleted, try again"
-            )
+            sys.exit(f"{url} gave a file with the wrong SHA-256, {digest[:12]}...; it was deleted, try again")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         with tarfile.open(archive, "r:gz") as tar:
             # only the six names we know, written under names we choose: no path in it is trusted
             for name in FILES:
-                with tar.extractfile(f"{FOLDER}/{name}") as source, open(part / name, "wb") as target:
-                    shutil.copyfileobj(source, target)
+                (part / name).write_bytes(tar.extractfile(f"{FOLDER}/{name}").read())
         (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
         os.replace(part, folder / FOLDER)
         archive.unlink()
-    except (KeyError, tarfile.TarError, EOFError):
-        archive.unlink(missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        sys.exit(f"{url} is not the CIFAR-10 binary archive; it was deleted, try again")
-    except OSError as error:  # the disk: network errors are dealt with in _download
-        shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:  # the disk: network errors are dealt with in `download`
         sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror or error}; 350 MB must be free there")
 
 
-def _download(url: str, path: pathlib.Path, size: int, tries: int = 4) -> None:
-    """Append what is missing of `url` to `path`; a broken connection is tried again, from where it broke.
+def download(url: str, path: pathlib.Path, size: int) -> None:
+    """Append what is missing of `url` to `path`; a broken download goes on where it broke, now or next time.
 
-    Where nothing arrives at all the first try is the last: without a network the answer comes in seconds.
-    Raises SystemExit with one sentence where it fails for good.
+    It is tried again as long as each try brings something: without a network the answer comes in seconds.
+    Raises SystemExit with one sentence where the network fails, OSError where the disk does.
     """
-    reason, at_start = "", path.stat().st_size if path.exists() else 0
-    for attempt in range(tries + 1):
-        have = path.stat().st_size if path.exists() else 0
-        if have >= size:
-            return
-        if attempt == tries or (attempt and have == at_start):
-            advice = "go online and type the same command"
-            if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
-                advice = "run the `Install Certificates` that came with your Python, or check the clock"
-            sys.exit(
-                f"can't download {url}: {reason}; {advice}, or unpack the archive yourself into "
-                f"{path.parent}, or say --data synthetic for drawn shapes"
-            )
-        time.sleep(attempt)
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    have, before = path.stat().st_size if path.exists() else 0, -1
+    while before < have < size:
+        before = have
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        reason = "the connection broke"
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                _append(response, path, have, size)
-            reason = f"the connection broke at {path.stat().st_size / 1e6:.0f} of {size / 1e6:.0f} MB"
-        except _DiskError as error:
-            raise error.__cause__
+            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
+                if response.status != 206:  # this server can't start in the middle: it sends everything
+                    file.truncate(0)
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    have = file.tell()
+                    print(f"\r{have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
         except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise  # the disk is full, the quota spent, the folder another's
             reason = getattr(error, "reason", error)
-
-
-class _DiskError(Exception):
-    """An OSError of the file, not of the network."""
-
-
-def _append(response, path: pathlib.Path, have: int, size: int) -> None:
-    """Write what the server sends to the end of `path`, which has `have` bytes, and show how far it is."""
-    if response.status != 206:  # this server can't start in the middle: it sends everything
-        have = 0
-    done, start = have, time.perf_counter()
-    while chunk := response.read(1 << 20):
-        try:
-            with open(path, "ab" if done else "wb") as file:
-                file.write(chunk)
-        except OSError as error:
-            raise _DiskError from error
-        done += len(chunk)
-        left = (size - done) * (time.perf_counter() - start) / (done - have)
-        line = f"{done / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left"
-        print(f"\r{line:<40}", end="\n" if done == size else "", flush=True)
+        time.sleep(1)  # a network that broke needs a moment
+    print()
+    if have < size:
+        advice = "go online and type the same command"
+        if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
+            advice = "run the `Install Certificates` that came with your Python, or check the clock"
+        sys.exit(f"can't download {url}: {reason}; {advice}, or say --data synthetic for drawn shapes")
 
 
 def find(data: str) -> pathlib.Path:
@@ -151,39 +121,23 @@ def find(data: str) -> pathlib.Path:
     if path.name == FOLDER or any((path / name).exists() for name in FILES):
         return path
     if not (path / FOLDER).exists() and (path / "cifar-10-batches-py").exists():
-        sys.exit(
-            f"{path} holds CIFAR-10 as Python pickles, which can run code and are not read here; "
-            f"`python data.py --data data` fetches the binary version"
-        )
+        sys.exit(f"{path} holds pickles, which can run code; `python data.py --data data` fetches .bin files")
     return path / FOLDER
 
 
-def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor]:
     """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order.
 
-    Raises SystemExit with one sentence when a file is missing, of the wrong size or holds a label above 9.
+    Raises SystemExit with one sentence where a file is missing or damaged.
     """
+    advice = f"`python data.py --data {folder.parent}` fetches CIFAR-10, --data synthetic draws shapes"
+    if not folder.exists():
+        sys.exit(f"there is no folder {folder}; {advice}")
     records = []
-    for name in names:
-        try:
-            raw = np.fromfile(folder / name, dtype=np.uint8)
-        except OSError:
-            first = f"delete {folder}, then " if folder.exists() else ""
-            sys.exit(
-                f"{folder} has no {name}; {first}`python data.py --data {folder.parent}` fetches CIFAR-10; "
-                "or point --data at its folder, or say --data synthetic for drawn shapes"
-            )
-        if len(raw) != 10_000 * RECORD:
-            sys.exit(
-                f"{folder / name} has {len(raw):,} bytes instead of {10_000 * RECORD:,}; "
-                f"delete {folder} and fetch it again"
-            )
-        if raw[::RECORD].max() > 9:
-            sys.exit(
-                f"{folder / name} holds the label {raw[::RECORD].max()}, but CIFAR-10's go from 0 to 9; "
-                f"delete {folder} and fetch it again"
-            )
-        records.append(raw.reshape(-1, RECORD))
+    for path in [folder / name for name in names]:
+        if not path.exists() or path.stat().st_size != 10_000 * RECORD:
+            sys.exit(f"{path} is missing or damaged; delete {folder}, then {advice}")
+        records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
@@ -205,9 +159,7 @@ def source(data: str) -> Source:
     return Source("cifar10", CLASSES, provenance(folder), functools.partial(read_cifar10, folder))
 
 
-def load(
-    data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None):
     """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
 
     train       45,000 images
@@ -215,32 +167,29 @@ def load(
     test        10,000, the official test set: for the final number only
 
     `data`: see `source`; `limit` keeps so many images (None: all).
-    Raises SystemExit with one sentence on damaged or missing files.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"split must be train, validation or test, not {split!r}")
     images, labels = source(data).read(split, limit)
     return images[:limit].to(device), labels[:limit].to(device)
 
 
-def read_cifar10(folder: pathlib.Path, split: str, limit: int | None):
+def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """One split of the .bin files in `folder`, as `load`."""
     if split == "test":
         return read_batches(folder, ["test_batch.bin"])
     images, labels = read_batches(folder, TRAIN_FILES)
-    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-    order = order[:45_000] if split == "train" else order[45_000:]
-    return images[order], labels[order]
+    order = torch.randperm(50_000, generator=Generator().manual_seed(0))
+    part = {"train": order[:45_000], "validation": order[45_000:]}[split]
+    return images[part], labels[part]
 
 
-def read_synthetic(split: str, limit: int | None):
+def read_synthetic(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """One split of drawn shapes, as `load`."""
-    size, first = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
+    size, seed = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
     number = min(limit or size, size)
     # drawn 5,000 at a time to keep memory small
-    parts = [synthetic(min(number, 5_000), seed=first + k) for k in range(math.ceil(number / 5_000))]
-    images, labels = (torch.cat(part) for part in zip(*parts))
-    return images, labels
+    parts = [synthetic(min(number, 5_000), seed + k) for k in range(math.ceil(number / 5_000))]
+    images, labels = zip(*parts)
+    return torch.cat(images), torch.cat(labels)
 
 
 def provenance(folder: pathlib.Path) -> str:
@@ -248,24 +197,18 @@ def provenance(folder: pathlib.Path) -> str:
     note = folder / "provenance.txt"
     if not note.exists():
         return "CIFAR-10 files found on disk, origin not known"
-    raw = note.read_bytes()
-    try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")  # as Windows' shells write, like UTF-16
-    return " ".join(text.split())
+    return " ".join(note.read_text(encoding="utf-8-sig", errors="replace").split())
 
 
-def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
     """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
 
     Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and
-    noise vary from image to image and have nothing to do with the class, so pixel values alone say little
-    about it.
+    noise have nothing to do with the class, so pixel values alone say little about it.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = Generator().manual_seed(seed)
 
-    def draw(low: float, high: float, *shape: int) -> torch.Tensor:
+    def draw(low: float, high: float, *shape: int) -> Tensor:
         """Uniform numbers for every image: [n, *shape]."""
         return low + (high - low) * torch.rand(number, *shape, generator=g)
 
@@ -304,30 +247,25 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[torch.Tensor,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Part 2: augmentation. Every function works on a whole batch and draws from one generator, which checkpoints
-# save.
+# Part 2: augmentation. Every function works on a whole batch and draws from one generator.
 # ------------------------------------------------------------------------------------------------------------
 
 
-def uniform(
-    like: torch.Tensor, low: float, high: float, generator: torch.Generator | None, *shape: int
-) -> torch.Tensor:
+def uniform(like: Tensor, low: float, high: float, generator: Generator | None, *shape: int) -> Tensor:
     """Numbers between low and high, [B, *shape], on the device of `like` [B, ...]."""
     return low + (high - low) * torch.rand(len(like), *shape, device=like.device, generator=generator)
 
 
-def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pad: int = 4) -> torch.Tensor:
+def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) -> Tensor:
     """Random shift by up to `pad` pixels with reflection at the border, and a random mirror image.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1].
-    Rather than padding and cropping, each output row and column looks up the input row and column it comes
-    from.
+    Nothing is padded or cropped: each output row and column looks up the input row and column it comes from.
     """
     B, _, S, _ = images.shape
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
     at = torch.arange(S, device=images.device) + shift  # [2, B, S], from -pad to S - 1 + pad
-    at = (S - 1) - ((S - 1) - at.abs()).abs()  # reflect: -1 -> 1, S -> S - 2
-    rows, columns = at[0], at[1]  # [B, S] each
+    rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()  # [B, S] each, reflected: -1 -> 1, S -> S - 2
     mirror = uniform(images, 0, 1, generator, 1) < 0.5
     columns = torch.where(mirror, columns.flip(1), columns)
     b = torch.arange(B, device=images.device)[:, None, None]  # [B, 1, 1]
@@ -335,11 +273,8 @@ def crop_flip(images: torch.Tensor, generator: torch.Generator | None = None, pa
     return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
 
 
-def resized_crop_flip(
-    images: torch.Tensor, generator: torch.Generator | None = None, scale: tuple = (0.2, 1.0)
-) -> torch.Tensor:
-    """A random rectangle of the image (area in `scale`, aspect 3/4 to 4/3) stretched to full size, and maybe
-    mirrored.
+def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
+    """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A)
     """
@@ -351,28 +286,18 @@ def resized_crop_flip(
     y = uniform(images, -1, 1, generator) * (1 - h)
     w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
     zero = torch.zeros_like(w)
-    theta = torch.stack([torch.stack([w, zero, x], 1), torch.stack([zero, h, y], 1)], 1)  # [B, 2, 3]
+    theta = torch.stack([w, zero, x, zero, h, y], 1).view(-1, 2, 3)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # [B, S, S, 2]
     return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
 
 
-@functools.cache
-def yiq(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix from RGB to YIQ (brightness, two colour axes) and its inverse, moved to a device once."""
-    matrix = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    return matrix.to(device), torch.linalg.inv(matrix).to(device)
+def colour_jitter(images: Tensor, generator: Generator | None = None, strength: float = 1.0) -> Tensor:
+    """SimCLR's distortion of brightness, contrast, saturation and hue (Chen et al. 2020, appendix A).
 
-
-def colour_jitter(
-    images: torch.Tensor, generator: torch.Generator | None = None, strength: float = 1.0
-) -> torch.Tensor:
-    """SimCLR's colour distortion (Chen et al. 2020, appendix A): brightness, contrast, saturation, hue; then
-    greyscale.
-
-    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on the colour of a
-    pixel, so they are multiplied into one matrix per image: hue turns the two colour axes of YIQ, saturation
-    scales them. 80 % of the images are distorted, 20 % made grey. A `strength` of 1 is the paper's 0.5, its
-    choice for CIFAR-10.
+    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on a pixel's colour,
+    so they are multiplied into one matrix per image: in YIQ (brightness and two colour axes) hue turns the
+    colour axes and saturation scales them. 80 % of the images are distorted, 20 % made grey. A `strength` of
+    1 is the paper's 0.5, its choice for CIFAR-10.
     """
     change = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2
@@ -390,22 +315,24 @@ def colour_jitter(
     return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)
 
 
-def contrastive_view(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+@functools.cache
+def yiq(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrix from RGB to YIQ and its inverse, moved to a device once."""
+    matrix = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    return matrix.to(device), torch.linalg.inv(matrix).to(device)
+
+
+def contrastive_view(images: Tensor, generator: Generator | None = None) -> Tensor:
     """One random SimCLR view of each image: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]."""
     return colour_jitter(resized_crop_flip(images, generator), generator)
 
 
-def cutmix(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    generator: torch.Generator | None = None,
-    probability: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cutmix(images: Tensor, labels: Tensor, generator: Generator | None = None, probability: float = 1.0):
     """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
 
-    images: [B, channels, S, S] -> mixed images, the other images' labels [B], and the share [] of pixels that
-    stayed. The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's
-    border cuts it off (as in the paper); with probability 1 - `probability` it is empty.
+    images: [B, channels, S, S] -> mixed images, the other images' labels [B], the share [] of pixels kept.
+    The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's border cuts
+    it off (as in the paper); with probability 1 - `probability` it is empty.
     """
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
@@ -416,20 +343,17 @@ def cutmix(
     return torch.where(inside, images[other], images), labels[other], 1 - inside.float().mean()
 
 
-def cutmix_loss(
-    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor, smoothing: float
-) -> torch.Tensor:
-    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, each by its part of the pixels.
+def cutmix_loss(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, by their shares of the pixels.
 
-    kept: the part [] that stayed the image's own, from `cutmix`.
+    kept: the share [] that stayed the image's own, from `cutmix`.
     """
-    first, second = (F.cross_entropy(logits.float(), y, label_smoothing=smoothing) for y in (labels, other))
-    return kept * first + (1 - kept) * second
+    own = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    pasted = F.cross_entropy(logits.float(), other, label_smoothing=smoothing)
+    return kept * own + (1 - kept) * pasted
 
 
-def cutmix_accuracy(
-    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, kept: torch.Tensor
-) -> torch.Tensor:
+def cutmix_accuracy(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor) -> Tensor:
     """Share [] of logits [B, K] that name a label of their mixed image, each counting by its pixels."""
     guess = logits.argmax(dim=1)  # [B]
     return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
@@ -440,7 +364,7 @@ def cutmix_accuracy(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
+def patchify(images: Tensor, patch: int = 8) -> Tensor:
     """[B, C, S, S] -> [B, N, C, P, P], patches row by row. The exact inverse of `unpatchify`.
 
     Raises ValueError when the images are not square or not a whole number of patches.
@@ -453,7 +377,7 @@ def patchify(images: torch.Tensor, patch: int = 8) -> torch.Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, patch, patch)
 
 
-def unpatchify(patches: torch.Tensor) -> torch.Tensor:
+def unpatchify(patches: Tensor) -> Tensor:
     """[B, N, C, P, P] -> [B, C, S, S]. The exact inverse of `patchify`.
 
     Raises ValueError when N patches don't make a square.
@@ -466,33 +390,25 @@ def unpatchify(patches: torch.Tensor) -> torch.Tensor:
     return x.reshape(B, C, side * P, side * P)
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """Row b of the result holds x[b, index[b]]: x [B, N, ...], index [B, M] -> [B, M, ...]."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def turn(x: Tensor, angle: Tensor) -> Tensor:
     """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: [B], 0 to 3."""
     turned = torch.stack([torch.rot90(x, k, dims=(-2, -1)) for k in range(4)])  # [4, B, ..., S, S]
     return turned[angle, torch.arange(len(x), device=x.device)]  # [B, ..., S, S]
 
 
-def patch_augment(
-    images: torch.Tensor,
-    generator: torch.Generator | None = None,
-    patch: int = 8,
-    masked: int = 4,
-    rotated: int = 4,
-    gap: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, masked=4, rotated=4, gap=0):
     """Model M's input: per image, black out `masked` random patches and turn `rotated` others by one angle.
 
     images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the
     rotated ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and
     rotated patches together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens
     so many pixels along each border of every patch, so that no line goes on from one patch to the next and
-    betrays which one was turned. Raises ValueError when there are fewer than masked + rotated patches, or
-    when the gap leaves nothing of them.
+    betrays which one was turned. Raises ValueError for too many patches or too large a gap.
     """
     x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
     B, N = x.shape[:2]
@@ -500,8 +416,7 @@ def patch_augment(
         raise ValueError(f"a gap of {gap} pixels leaves nothing of a {patch}-pixel patch")
     if masked + rotated > N:
         raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
-    # a random permutation per image
-    order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)
+    order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # each image's own
     mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
     b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
@@ -519,7 +434,7 @@ def patch_augment(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def shuffled_batches(number: int, batch: int, generator: torch.Generator):
+def shuffled_batches(number: int, batch: int, generator: Generator):
     """Yield index tensors [batch] that cover range(number) in random order; a smaller rest is dropped."""
     order = torch.randperm(number, device=generator.device, generator=generator)
     yield from order[: number - number % batch].split(batch)
@@ -534,16 +449,15 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
     labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each class
     and then the order of the batches, by (seed, epoch); call `set_epoch` before each. No index comes twice in
-    an epoch; what is left of a class when fewer than `batch` of its images remain is dropped, another rest
-    each epoch. Raises ValueError when a class has fewer than `batch` images.
+    an epoch; of each class a rest smaller than `batch` is dropped, another one each epoch. Raises ValueError
+    when a class has fewer than `batch` images.
     """
 
     drop_last = True  # this and batch_size: as Accelerate and others read them
 
-    def __init__(self, labels: torch.Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
+    def __init__(self, labels: Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
         labels = torch.as_tensor(labels)
-        # of each class, its indices
-        self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]
+        self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # indices of each class
         smallest = min(len(members) for members in self.members)
         if smallest < batch:
             raise ValueError(
@@ -559,7 +473,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         return sum(len(m) // self.batch for m in self.members)
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches = []
         for m in self.members:
             m = m[torch.randperm(len(m), generator=g)]
@@ -570,12 +484,9 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it, or draw the stand-in")
-    parser.add_argument(
-        "--data", default="data", help="folder that holds, or will hold, cifar-10-batches-bin (default: data)"
-    )
-    parser.add_argument(
-        "--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file"
-    )
+    add = parser.add_argument
+    add("--data", default="data", help="where cifar-10-batches-bin is, or shall be (default: %(default)s)")
+    add("--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file")
     args = parser.parse_args()
     if args.sheet:
         images, labels = synthetic(400)
@@ -583,15 +494,12 @@ def main() -> None:
         sheet = unpatchify(rows[None])[0].permute(1, 2, 0)  # [320, 320, 3]: an image made of 100 "patches"
         Image.fromarray(sheet.numpy()).resize((960, 960), Image.NEAREST).save(args.sheet)
         return print(f"drew {args.sheet}; a row per class: {', '.join(SHAPES)}")
-    folder = find(args.data)
-    if args.data != "synthetic" and not folder.exists():
-        fetch(folder.parent)
+    if source(args.data).name == "cifar10" and not find(args.data).exists():
+        fetch(find(args.data).parent)
     for split in ("train", "validation", "test"):
         images, labels = load(args.data, split)
-        print(
-            f"{split}: {len(images):,} images, "
-            f"{labels.bincount().min()} to {labels.bincount().max()} per class"
-        )
+        counts = labels.bincount()
+        print(f"{split}: {len(images):,} images, {counts.min()} to {counts.max()} per class")
     print(f"{args.data}: {source(args.data).provenance}")
 
 

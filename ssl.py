@@ -39,7 +39,7 @@ else:
 
     import torch
     import torch.nn.functional as F
-    from torch import nn
+    from torch import Generator, Tensor, nn
 
     import data
     import vit
@@ -52,7 +52,7 @@ REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029}
 # ---------------------------------------------------------------------------------------------------------
 
 
-def info_nce(z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def info_nce(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE with both views as queries (Oord et al. 2018, equation 4; NT-Xent in SimCLR, equation 1).
 
     z: [2B, E], rows i and B + i being two views of the same image -> loss [], share of views [] whose nearest
@@ -67,22 +67,22 @@ def info_nce(z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.T
     return F.cross_entropy(scores, partner), (scores.argmax(1) == partner).float().mean()
 
 
-def two_views(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """uint8 [B, 3, S, S] -> two random SimCLR views of each image, [2, B, 3, S, S] in [0, 1]."""
-    return torch.stack([data.contrastive_view(images, generator), data.contrastive_view(images, generator)])
+def two_views(images: Tensor, generator: Generator | None) -> Tensor:
+    """uint8 [B, 3, S, S] -> two random SimCLR views [2B, 3, S, S] in [0, 1], rows i and B + i of image i."""
+    return torch.cat([data.contrastive_view(images, generator), data.contrastive_view(images, generator)])
 
 
-def share_views(x: torch.Tensor, views: int) -> torch.Tensor:
+def share_views(x: Tensor, views: int) -> Tensor:
     """This process's part of x [views * B, ...], of each view the same images; all of x without torchrun."""
     return vit.share(x.unflatten(0, (views, -1)), dim=1).flatten(0, 1)
 
 
-def gather_views(z: torch.Tensor) -> torch.Tensor:
+def gather_views(z: Tensor) -> Tensor:
     """The inverse of `share_views`, for two views: the whole batch's z [2B, E], from all processes."""
     return vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)
 
 
-def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
+def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine: vit.Machine):
     """Train the encoder to know an image again in another view; writes out/NAME.pt."""
     model = vit.ModelM(encoder, projector=True)
     model.rotation_head.requires_grad_(False)  # no part of this task
@@ -94,10 +94,9 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            views = two_views(images[index], run.generator)  # [2, B, 3, S, S]
-            views = share_views(views.flatten(0, 1), 2)  # [2B, 3, S, S]
+            x = share_views(two_views(images[index], run.generator), views=2)  # [2B, 3, S, S]
             with machine.autocast():
-                _, _, z = parallel(views, nothing.expand(len(views), 0))  # [2B, E]
+                _, _, z = parallel(x, nothing.expand(len(x), 0))  # [2B, E]
             loss, match = info_nce(gather_views(z), args.temperature)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,66 +112,55 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: torch.T
 #
 #   loss = cross-entropy of the angle + mean squared error of the blacked-out patches (+ contrast * InfoNCE)
 #
-# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less. What has to be
-# painted is the cropped and mirrored image as it was before patches were blacked out and turned.
+# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less.
 # ---------------------------------------------------------------------------------------------------------
 
 # --pretext: share of the patches that are masked, and that are turned; "image-rotation" turns the whole image
 TASKS = {"both": (1 / 4, 1 / 4), "masking": (1 / 4, 0), "rotation": (0, 1 / 4), "image-rotation": (0, 0)}
 
 
-def paint_loss(painted: torch.Tensor, images: torch.Tensor, masked: torch.Tensor, patch: int) -> torch.Tensor:
+def paint_loss(painted: Tensor, images: Tensor, masked: Tensor, patch: int) -> Tensor:
     """Mean squared error of painted [B, M, 3*P*P], standardised pixels, for the patches masked [B, M] of
     images [B, 3, S, S] in [0, 1]."""
     hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3, P, P] -> [B, M, 3*P*P]
     return F.mse_loss(painted.float(), vit.standardise(hidden))
 
 
-def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, machine: vit.Machine):
+def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine: vit.Machine):
     """Train Model M on its task, or half of it, and InfoNCE beside it where asked for; writes out/NAME.pt."""
     patch = encoder.config["patch_size"]
-    masked_number, turned_number = (round(part * encoder.patches) for part in TASKS[args.pretext])
-    names_angle, paints = args.pretext != "masking", masked_number > 0
+    to_mask, to_turn = (round(part * encoder.patches) for part in TASKS[args.pretext])
+    print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {to_turn} others turned")
+    names_angle, paints = args.pretext != "masking", to_mask > 0
+    augment, views = (two_views, 2) if args.contrast else (data.crop_flip, 1)
     model = vit.ModelM(encoder, projector=args.contrast > 0)
     model.rotation_head.requires_grad_(names_angle)
     model.reconstruction_head.requires_grad_(paints)
     parallel = vit.data_parallel(model.to(machine.device))
-    turned = (
-        "the whole image is turned" if args.pretext == "image-rotation" else f"{turned_number} others turned"
-    )
-    print(f"of {encoder.patches} patches {masked_number} are blacked out, {turned}")
 
     run = vit.Run(args, args.name or "m", model, machine, encoder, len(images) // args.batch)
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            if args.contrast:
-                target = two_views(images[index], run.generator)  # [2, B, 3, S, S]
-            else:
-                target = data.crop_flip(images[index], run.generator)[None]  # [1, B, 3, S, S]
-            views = len(target)
-            x, masked, _, angle = data.patch_augment(
-                target.flatten(0, 1), run.generator, patch, masked_number, turned_number, args.gap
-            )
+            # what has to be painted: the cropped image as it is before patches are blacked out and turned
+            target = augment(images[index], run.generator)  # [views*B, 3, S, S]
+            x, masked, _, angle = data.patch_augment(target, run.generator, patch, to_mask, to_turn, args.gap)
             if args.pretext == "image-rotation":
                 x = data.turn(x, angle)
-            x = share_views(x, views)  # [views*B, 3, S, S]
+            x, target = share_views(x, views), share_views(target, views)  # [views*B, 3, S, S]
             masked, angle = share_views(masked, views), share_views(angle, views)  # [views*B, M], [views*B]
-            target = share_views(target.flatten(0, 1), views)  # [views*B, 3, S, S]
-
             with machine.autocast():
                 logits, painted, z = parallel(x, masked)  # [views*B, 4], [views*B, M, 3*P*P], [views*B, E]
-            losses, metrics = [], {}
+            loss, metrics = 0, {}
             if names_angle:
-                losses.append(F.cross_entropy(logits.float(), angle))
+                loss = loss + F.cross_entropy(logits.float(), angle)
                 metrics["angle"] = (logits.argmax(1) == angle).float().mean()
             if paints:
-                losses.append(paint_loss(painted, target, masked, patch))
-                metrics["mse"] = losses[-1]
+                metrics["mse"] = paint_loss(painted, target, masked, patch)
+                loss = loss + metrics["mse"]
             if args.contrast:
                 contrast, metrics["match"] = info_nce(gather_views(z), args.temperature)
-                losses.append(args.contrast * contrast)
-            loss = sum(losses)
+                loss = loss + args.contrast * contrast
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             run.set_learning_rate()
@@ -189,7 +177,10 @@ def pretrain(args: argparse.Namespace) -> None:
     encoder = vit.make_encoder(args.init, args.patch, args.dim, args.stem)
     if 2 * args.gap >= encoder.config["patch_size"]:
         sys.exit(f"--gap {args.gap} leaves nothing of a patch; choose a smaller one")
-    {"infonce": pretrain_infonce, "m": pretrain_m}[args.task](args, encoder, images, machine)
+    if args.task == "infonce":
+        pretrain_infonce(args, encoder, images, machine)
+    else:
+        pretrain_m(args, encoder, images, machine)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,15 +222,8 @@ def finetune(args: argparse.Namespace) -> None:
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
     logits = predict(model, images, machine)
     vit.write_arrays(vit.arrays_path(args, name), guess=logits.argmax(dim=1), truth=labels)
-    vit.record(
-        args,
-        name,
-        machine,
-        data.source(args.data),
-        value=vit.accuracy(logits, labels),
-        report=REPORTED.get(name),
-        **run.summary(),
-    )
+    row = {"value": vit.accuracy(logits, labels), "report": REPORTED.get(name)} | run.summary()
+    vit.record(args, name, machine, data.source(args.data), **row)
 
 
 def labelled(folder: str, share: float, limit: int | None, device: torch.device):
@@ -251,7 +235,7 @@ def labelled(folder: str, share: float, limit: int | None, device: torch.device)
     return images[:n], labels[:n]
 
 
-def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> torch.Tensor:
+def predict(model: nn.Module, images: Tensor, machine: vit.Machine) -> Tensor:
     """Class logits [n, K], float32, of uint8 images [n, 3, S, S]."""
     model.eval()
     with torch.no_grad(), machine.autocast():
@@ -263,25 +247,22 @@ def predict(model: nn.Module, images: torch.Tensor, machine: vit.Machine) -> tor
 # ---------------------------------------------------------------------------------------------------------
 
 
-def features(encoder: vit.ViT | None, images: torch.Tensor, machine: vit.Machine) -> dict[str, torch.Tensor]:
-    """What a frozen encoder says of uint8 images [n, 3, S, S]: CLS, and the mean of the patch tokens, [n, D]
-    each.
-
-    Without an encoder, the pixels themselves: [n, 3*S*S].
-    """
+def features(encoder: vit.ViT | None, images: Tensor, machine: vit.Machine) -> dict[str, Tensor]:
+    """What a frozen encoder says of uint8 images [n, 3, S, S]: CLS and the mean of the patch tokens, both
+    [n, D]; without an encoder the pixels themselves, [n, 3*S*S]."""
     if encoder is None:
         return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
     encoder.eval()
-    cls, mean = [], []
+    found = []
     for x in images.split(machine.eval_batch):
         with torch.no_grad(), machine.autocast():
             tokens = encoder(x.float() / 255).float()  # [b, 1 + N, D]
-        cls.append(tokens[:, 0])
-        mean.append(tokens[:, 1:].mean(dim=1))
-    return {"cls": torch.cat(cls), "mean": torch.cat(mean)}
+        found.append(torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)]))  # [2, b, D]
+    cls, mean = torch.cat(found, dim=1)  # [n, D] each
+    return {"cls": cls, "mean": mean}
 
 
-def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10) -> nn.Linear:
+def fit_linear(x: Tensor, y: Tensor, decay: float, classes: int = 10) -> nn.Linear:
     """Multinomial logistic regression of labels y [n] on features x [n, D].
 
     The problem is convex, so L-BFGS on all images at once heads for the one answer, with no learning rate to
@@ -303,6 +284,24 @@ def fit_linear(x: torch.Tensor, y: torch.Tensor, decay: float, classes: int = 10
     return layer
 
 
+def best_probe(read: dict[str, dict], labels: dict[str, Tensor], final: str) -> dict:
+    """Probe each feature with three weight decays; the validation split picks the best of all, whose accuracy
+    on the split `final` is the row's `value`. read: split -> feature -> [n, D]; labels: split -> [n]."""
+    row = {"validation": -1.0}
+    for feature, raw in read["train"].items():
+        # standardised, so that one weight decay suits all dimensions
+        mean, spread = raw.mean(dim=0), raw.std(dim=0) + 1e-6  # [D]
+        x = {split: (found[feature] - mean) / spread for split, found in read.items()}  # [n, D] each
+        layers = [fit_linear(x["train"], labels["train"], decay) for decay in (1e-4, 1e-3, 1e-2)]
+        scores = [vit.accuracy(layer(x["validation"]), labels["validation"]) for layer in layers]
+        best = layers[scores.index(max(scores))]
+        row[feature] = vit.accuracy(best(x[final]), labels[final])
+        print(f"{feature} features, validation {max(scores):.4f}", flush=True)
+        if max(scores) > row["validation"]:
+            row |= {"features": feature, "validation": max(scores), "value": row[feature]}
+    return row
+
+
 def probe(args: argparse.Namespace) -> None:
     """Fit a linear layer on the frozen features of each checkpoint, a row apiece.
 
@@ -310,67 +309,35 @@ def probe(args: argparse.Namespace) -> None:
     """
     if args.name and len(args.checkpoint) > 1:
         sys.exit("--name is for one checkpoint; leave it out, and each row is called after its checkpoint")
-    names = {
-        checkpoint: args.name or f"{pathlib.Path(checkpoint).stem}_probe" for checkpoint in args.checkpoint
-    }
-    left = [checkpoint for checkpoint in names if not vit.measured(args, names[checkpoint], checkpoint)]
+    names = {path: args.name or f"{pathlib.Path(path).stem}_probe" for path in args.checkpoint}
+    left = [path for path in names if not vit.measured(args, names[path], path)]
     if not left:
         return
-    controls = ("pixels", "untrained")
-    trained = {
-        checkpoint: vit.read_checkpoint(checkpoint) for checkpoint in left if checkpoint not in controls
-    }
+    trained = {path: vit.read_checkpoint(path) for path in left if path not in ("pixels", "untrained")}
     machine = vit.Machine(args.device, args.precision, args.seed)
     splits = {"train": labelled(args.data, args.labels, args.limit, machine.device)}
     for split in ("validation", args.split):
         splits[split] = data.load(args.data, split, machine.device, args.limit)
     labels = {split: labels for split, (_, labels) in splits.items()}
 
-    for checkpoint in left:
-        start, training = time.perf_counter(), trained.get(checkpoint, {})
+    for path in left:
+        start, training = time.perf_counter(), trained.get(path, {})
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        if checkpoint == "pixels":
-            encoder = None
-        elif checkpoint == "untrained":
-            encoder = vit.make_encoder(None, args.patch, args.dim, args.stem).to(machine.device)
-        else:
+        encoder = None
+        if path != "pixels":
+            checkpoint = path if path in trained else None
             encoder = vit.make_encoder(checkpoint, args.patch, args.dim, args.stem).to(machine.device)
         read = {split: features(encoder, images, machine) for split, (images, _) in splits.items()}
-        row = best_probe(read, labels, args.split)
+        row = best_probe(read, labels, args.split) | {"report": REPORTED.get(names[path])}
+        row |= {"epochs": training.get("epoch", 0), "weights": vit.fingerprint(path)}
         row |= {"seconds": training.get("seconds", 0.0) + time.perf_counter() - start}
-        row |= {"epochs": training.get("epoch", 0), "weights": vit.fingerprint(checkpoint)}
         row |= {"training": {metric: means[-1] for metric, means in training.get("history", {}).items()}}
-        name = names[checkpoint]
-        vit.record(args, name, machine, data.source(args.data), report=REPORTED.get(name), **row)
-
-
-def best_probe(read: dict[str, dict], labels: dict[str, torch.Tensor], final: str) -> dict:
-    """Probe each feature with three weight decays; the validation split picks one, which gives the row's
-    `value`.
-
-    read: split -> feature -> [n, D]; labels: split -> [n]; final: the split of the value.
-    """
-    row = {"validation": -1.0}
-    for feature, raw in read["train"].items():
-        mean, spread = raw.mean(dim=0), raw.std(dim=0) + 1e-6  # [D]
-        # standardised, so that one weight decay suits all dimensions
-        x = {split: (found[feature] - mean) / spread for split, found in read.items()}  # [n, D] each
-        best = -1.0
-        for decay in (1e-4, 1e-3, 1e-2):
-            layer = fit_linear(x["train"], labels["train"], decay)
-            validation = vit.accuracy(layer(x["validation"]), labels["validation"])
-            if validation > best:
-                best, row[feature] = validation, vit.accuracy(layer(x[final]), labels[final])
-        print(f"{feature} features, validation {best:.4f}", flush=True)
-        if best > row["validation"]:
-            row |= {"features": feature, "validation": best, "value": row[feature]}
-    return row
+        vit.record(args, names[path], machine, data.source(args.data), **row)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
     common = vit.common_arguments()
 
@@ -379,12 +346,7 @@ def main() -> None:
     add = p.add_argument
     add("--task", choices=["infonce", "m"], required=True, help="InfoNCE on two views, or Model M")
     add("--init", metavar="FILE", help="start from the encoder in this checkpoint instead of a random one")
-    add(
-        "--contrast",
-        type=float,
-        default=0.0,
-        help="weight of InfoNCE beside Model M's losses (default: none)",
-    )
+    add("--contrast", type=float, default=0.0, help="weight of InfoNCE beside Model M's losses (default: 0)")
     add("--temperature", type=float, default=0.1, help="of InfoNCE's softmax (default: %(default)s)")
     add("--pretext", choices=TASKS, default="both", help="Model M's task, or a part of it (default: both)")
     add("--gap", type=int, choices=[0, 1, 2], default=0, help="pixels blackened along each patch's border")

@@ -29,18 +29,14 @@ import copy
 import sys
 
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 
 import data
 import vit
 
 # the coursework report's test accuracies
-REPORTED = {
-    "video_encoder_1": 0.4404,
-    "video_encoder_2": 0.4244,
-    "video_report_1": 0.4404,
-    "video_report_2": 0.4244,
-}
+REPORTED = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244}
+REPORTED |= {"video_report_1": 0.4404, "video_report_2": 0.4244}
 
 # ------------------------------------------------------------------------------------------------------------
 # The two networks
@@ -56,9 +52,7 @@ class FactorisedEncoder(nn.Module):
     the same answer.
     """
 
-    def __init__(
-        self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered: bool = True
-    ):
+    def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
         super().__init__()
         dim = encoder.config["dim"]
         self.encoder, self.frames = encoder, frames
@@ -69,13 +63,12 @@ class FactorisedEncoder(nn.Module):
         self.head = nn.Linear(dim, classes)
         self.frame_head = nn.Linear(dim, classes)  # only for the per-frame loss in training
 
-    def tokens(self, images: torch.Tensor, shown: torch.Tensor, trace: list | None = None):
+    def tokens(self, images: Tensor, shown: Tensor, trace: list | None = None):
         """images: [C, n, 3, S, S]; shown: [C, F], which of the clip's n images each frame shows
         -> tokens of the last temporal block [C, 1 + F, D] (token 0 is the temporal CLS), and the images' CLS
         [C, n, D]. `trace`: see vit.Block.
 
-        An image is encoded once however many frames show it, so a static video costs little more than an
-        image.
+        An image is encoded once however many frames show it: a static video costs little more than one.
         """
         C, n = images.shape[:2]
         each = self.encoder(images.flatten(0, 1))[:, 0].view(C, n, -1)  # [C*n, 3, S, S] -> CLS [C, n, D]
@@ -87,15 +80,14 @@ class FactorisedEncoder(nn.Module):
             x = block(x, trace)
         return x, each
 
-    def forward(self, images: torch.Tensor, shown: torch.Tensor, trace: list | None = None):
+    def forward(self, images: Tensor, shown: Tensor, trace: list | None = None):
         """As `tokens` -> class logits of the clips [C, K] and of the images, each by itself [C, n, K]."""
         x, each = self.tokens(images, shown, trace)
         return self.head(self.norm(x[:, 0])), self.frame_head(each)
 
 
 class TemporalAttention(nn.Module):
-    """Attention among the F tokens at the same place of a clip's frames, to be added to a trained block of an
-    image encoder.
+    """Attention among the F tokens at the same place of a clip's frames, added to an image encoder's block.
 
     It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as
     the image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
@@ -108,7 +100,7 @@ class TemporalAttention(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(frames, dim)) if ordered else None
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+    def forward(self, x: Tensor, frames: int) -> Tensor:
         """x: [C*F, T, D] -> what to add to it, [C*F, T, D]."""
         CF, T, D = x.shape
         x = x.view(-1, frames, T, D)  # [C, F, T, D]
@@ -121,8 +113,7 @@ class TemporalAttention(nn.Module):
 
 
 class FactorisedAttention(nn.Module):
-    """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block first space, then
-    time.
+    """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block space, then time.
 
         x = x + attention within the frame(norm(x))       as in the image encoder
         x = x + gate * attention across frames(norm(x))   new, in the last `blocks` blocks
@@ -131,22 +122,18 @@ class FactorisedAttention(nn.Module):
     There is no temporal CLS token; the class is read from the mean of the frames' CLS tokens.
     """
 
-    def __init__(
-        self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered: bool = True
-    ):
+    def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
         super().__init__()
         dim = encoder.config["dim"]
         self.encoder = encoder
-        self.temporal = nn.ModuleList(
-            [TemporalAttention(block, frames, ordered) for block in encoder.blocks[-blocks:]]
-        )
+        last = encoder.blocks[-blocks:]
+        self.temporal = nn.ModuleList([TemporalAttention(block, frames, ordered) for block in last])
         self.head = nn.Linear(dim, classes)
         self.frame_head = nn.Linear(dim, classes)
 
-    def forward(self, images: torch.Tensor, shown: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
         """As FactorisedEncoder.forward. From the first block with temporal attention on, every frame is
-        computed, a repeated one too; beside that, every image by itself, as the image encoder alone sees
-        it."""
+        computed, a repeated one too; and beside it every image alone, as the image encoder sees it."""
         C, n = images.shape[:2]
         spatial = len(self.encoder.blocks) - len(self.temporal)  # blocks without temporal attention
         alone = self.encoder.embed(images.flatten(0, 1))  # [C*n, T, D]
@@ -178,9 +165,7 @@ MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 # ------------------------------------------------------------------------------------------------------------
 
 
-def clip_steps(
-    sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool
-) -> torch.Tensor:
+def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> Tensor:
     """One epoch of the sampler's clips, `clips` per optimiser step: indices [steps, clips, F].
 
     `balanced`: the classes take turns, so that 10 clips hold each of the 10 classes once; what a class has
@@ -191,14 +176,14 @@ def clip_steps(
         of_class = {}
         for clip in epoch:
             of_class.setdefault(labels[clip[0]], []).append(clip)
-        epoch = [clip for turn in zip(*of_class.values()) for clip in turn]
+        epoch = []
+        for one_of_each in zip(*of_class.values()):
+            epoch += one_of_each
     steps = len(epoch) // clips
     return torch.tensor(epoch[: steps * clips]).view(steps, clips, sampler.batch)
 
 
-def random_repeats(
-    clips: int, frames: int, device: torch.device, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def random_repeats(clips: int, frames: int, device, generator: Generator | None = None) -> Tensor:
     """Which image each frame shows, [clips, frames], in clips of 1 to `frames` different images."""
     different = torch.randint(1, frames + 1, (clips, 1), device=device, generator=generator)
     shown = torch.arange(frames, device=device) % different  # [clips, frames]
@@ -206,17 +191,8 @@ def random_repeats(
     return shown.gather(1, order)
 
 
-def clip_loss(
-    logits: torch.Tensor,
-    each: torch.Tensor,
-    labels: torch.Tensor,
-    other: torch.Tensor,
-    kept: torch.Tensor,
-    smoothing: float,
-    frame_loss: float,
-) -> torch.Tensor:
-    """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image by itself [C,
-    F, K].
+def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: float) -> Tensor:
+    """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image [C, F, K].
 
     A clip mixed by CutMix has two labels, labels [C] and other [C], the first for the share `kept` [] of its
     pixels.
@@ -242,9 +218,7 @@ def train(args: argparse.Namespace) -> None:
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
     if args.blocks > len(encoder.blocks):
-        sys.exit(
-            f"the encoder in {args.checkpoint} has only {len(encoder.blocks)} blocks; choose fewer --blocks"
-        )
+        sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose fewer --blocks")
     try:
         sampler = data.SameClassBatchSampler(labels, args.frames, args.seed)
     except ValueError as error:
@@ -254,18 +228,18 @@ def train(args: argparse.Namespace) -> None:
     parallel = vit.data_parallel(model)
     in_order = torch.arange(args.frames, device=machine.device).expand(args.clips, -1)  # [C, F]
 
-    args.batch = args.clips * args.frames  # images of a step
+    options = argparse.Namespace(**vars(args), batch=args.clips * args.frames)  # images of a step
     label_of = labels.tolist()
     steps = len(clip_steps(sampler, label_of, args.clips, args.balanced))
-    run = vit.Run(args, name, model, machine, encoder, steps)
+    run = vit.Run(options, name, model, machine, encoder, steps)
     for epoch in range(run.epoch, args.epochs):
         model.train()
         sampler.set_epoch(epoch)
         clips = clip_steps(sampler, label_of, args.clips, args.balanced)  # [steps, C, F]
         for index in clips.to(machine.device):  # [C, F]
             y = labels[index[:, 0]]  # [C]
-            # [C, F, 3, S, S]
-            x = data.crop_flip(images[index.flatten()], run.generator).unflatten(0, index.shape)
+            x = data.crop_flip(images[index.flatten()], run.generator)  # [C*F, 3, S, S]
+            x = x.unflatten(0, index.shape)  # [C, F, 3, S, S]
             # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle
             mixed, other, kept = data.cutmix(x.flatten(1, 2), y, run.generator, args.cutmix)  # [C, F*3, S, S]
             x = mixed.view(x.shape)
@@ -293,14 +267,13 @@ def train(args: argparse.Namespace) -> None:
         if n <= min(smallest, args.frames):
             different[n] = same_class_accuracy(model, images, labels, n, args.frames, args.seed, machine)
     if args.model == "encoder" and smallest >= args.frames:
-        vit.write_arrays(
-            vit.arrays_path(args, name), **clips_for_the_figure(model, images, labels, args.frames)
-        )
+        arrays = clips_for_the_figure(model, images, labels, args.frames)
+        vit.write_arrays(vit.arrays_path(args, name), **arrays)
     row = {"report": REPORTED.get(name), "different": different} | run.summary()
     vit.record(args, name, machine, data.source(args.data), value=different[1], **row)
 
 
-def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames: int, machine: vit.Machine):
+def predict(model: nn.Module, images: Tensor, index: Tensor, frames: int, machine: vit.Machine) -> Tensor:
     """Class logits [c, K], float32, of the clips that show images[index], index [c, n], in turn until
     `frames` are full. images: uint8 [N, 3, S, S]. With n = 1 these are static videos."""
     model.eval()
@@ -313,15 +286,7 @@ def predict(model: nn.Module, images: torch.Tensor, index: torch.Tensor, frames:
     return torch.cat(logits)
 
 
-def same_class_accuracy(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    different: int,
-    frames: int,
-    seed: int,
-    machine: vit.Machine,
-) -> float:
+def same_class_accuracy(model, images, labels, different: int, frames: int, seed: int, machine) -> float:
     """Accuracy on clips of so many `different` images of one class. 1: static videos, every image once.
     More: the labels were used to put the clip together, so this says what a vote would bring, not how well
     an image is recognised."""
@@ -330,16 +295,13 @@ def same_class_accuracy(
     return vit.accuracy(predict(model, images, index, frames, machine), labels[index[:, 0]])
 
 
-def clips_for_the_figure(
-    model: FactorisedEncoder, images: torch.Tensor, labels: torch.Tensor, frames: int
-) -> dict:
+def clips_for_the_figure(model: FactorisedEncoder, images: Tensor, labels: Tensor, frames: int) -> dict:
     """The first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers."""
     index = torch.stack([(labels == k).nonzero()[:frames, 0] for k in labels.unique()])  # [K, F]
     shown, trace = torch.arange(frames, device=images.device).expand(len(index), -1), []
     with torch.no_grad():
         logits, each = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
-    # [K, H, 1 + F, 1 + F] -> [K, 1 + F], the mean of the heads
-    weights = trace[-1]["weights"].mean(dim=1)[:, 0]
+    weights = trace[-1]["weights"].mean(dim=1)[:, 0]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F]
     arrays = {"images": images[index], "labels": labels[index[:, 0]], "weights": weights}
     return arrays | {"guess": logits.argmax(1), "each": each.argmax(2)}
 
@@ -363,22 +325,12 @@ def main() -> None:
     add = p.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="start from the image encoder in this checkpoint")
     add("--model", choices=MODELS, default="encoder", help="how attention is factorised (default: encoder)")
-    add(
-        "--blocks",
-        type=int,
-        default=1,
-        help="temporal blocks, or blocks that also attend across time (default: 1)",
-    )
+    add("--blocks", type=int, default=1, help="blocks that attend across time (default: 1)")
     add("--frames", type=int, default=16, help="images of a clip (default: %(default)s)")
     add("--positions", action=yes_no, default=True, help="tell which frame is which (default: yes)")
     add("--clips", type=int, default=10, help="clips per step (default: %(default)s; the report: 1)")
     add("--balanced", action=yes_no, default=True, help="let the classes take turns (default: yes)")
-    add(
-        "--repeats",
-        action=yes_no,
-        default=True,
-        help="clips of 1 to --frames different images (default: yes)",
-    )
+    add("--repeats", action=yes_no, default=True, help="clips may repeat their images (default: yes)")
     add("--frame-loss", type=float, default=16.0, help="weight of classifying each image alone (default: 16)")
     add("--cutmix", type=float, default=0.0, help="share of steps mixed by CutMix (default: none)")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")

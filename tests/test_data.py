@@ -4,6 +4,7 @@ import collections
 import hashlib
 import http.server
 import io
+import pathlib
 import tarfile
 import threading
 import urllib.error
@@ -200,7 +201,7 @@ def archive():
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """An HTTP server on this machine; set `.content`, and `.breaks` for the number of answers to cut in
     half."""
 
@@ -221,6 +222,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.content, server.breaks, server.starts = b"", 0, []
+        monkeypatch.setattr(data.time, "sleep", lambda _: None)
         server.url = f"http://127.0.0.1:{server.server_port}/c.tar.gz"
         yield server
         server.shutdown()
@@ -231,19 +233,13 @@ def fetch(folder, server, content=None, sha256=None):
     data.fetch(folder, server.url, len(server.content), sha256 or hashlib.sha256(server.content).hexdigest())
 
 
-def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(
-    tmp_path, archive, server, monkeypatch
-):
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(tmp_path, archive, server):
     server.breaks = 2
     fetch(tmp_path / "d", server, archive)
     assert server.starts[0] == 0 and 0 < server.starts[1] < server.starts[2]
-    assert sorted(p.name for p in (tmp_path / "d" / data.FOLDER).iterdir()) == sorted(
-        [*data.FILES, "provenance.txt"]
-    )
-    assert [p.name for p in tmp_path.iterdir()] == ["d"] and [p.name for p in (tmp_path / "d").iterdir()] == [
-        data.FOLDER
-    ]
+    assert [p.name for p in (tmp_path / "d").iterdir()] == [data.FOLDER]
+    assert {p.name for p in (tmp_path / "d" / data.FOLDER).iterdir()} == {*data.FILES, "provenance.txt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
     assert "SHA-256 checked" in data.source(str(tmp_path / "d")).provenance
 
     train, validation, test = (data.load(str(tmp_path / "d"), s) for s in ("train", "validation", "test"))
@@ -253,72 +249,31 @@ def test_fetch_picks_up_a_broken_download_and_unpacks_only_known_names(
     assert torch.equal(again[0], validation[0])  # always the same ones are held out
 
 
-@pytest.mark.parametrize(
-    "content, sha256, message", [(None, "0" * 64, "SHA-256"), (b"x" * 1000, None, "not the CIFAR-10 binary")]
-)
-def test_after_a_wrong_file_the_next_fetch_starts_afresh(tmp_path, archive, server, content, sha256, message):
-    with pytest.raises(SystemExit, match=message):
-        fetch(tmp_path, server, content or archive, sha256)
+def test_after_a_wrong_file_the_next_fetch_starts_afresh(tmp_path, archive, server):
+    with pytest.raises(SystemExit, match="wrong SHA-256"):
+        fetch(tmp_path, server, archive, "0" * 64)
     assert list(tmp_path.iterdir()) == []
     fetch(tmp_path, server, archive)
     assert (tmp_path / data.FOLDER).exists()
 
 
-def test_a_connection_that_keeps_breaking_is_told_and_the_next_fetch_goes_on(
-    tmp_path, archive, server, monkeypatch
-):
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
-    server.breaks = 4
-    with pytest.raises(SystemExit, match="can't download .* the connection broke"):
-        fetch(tmp_path, server, archive)
-    fetch(tmp_path, server, archive)
-    assert server.starts[-1] > len(archive) // 2 and (tmp_path / data.FOLDER).exists()
-
-
-def test_where_nothing_arrives_the_first_try_is_the_last(tmp_path, monkeypatch):
-    """A new download and one that was begun earlier: without a network both give up at once, and the
-    second keeps its part."""
-    tried = []
-
-    def offline(*_, **__):
-        tried.append(1)
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
-    for begun in (b"", b"the beginning"):
-        part = tmp_path / "archive.part"
-        part.write_bytes(begun)
-        with pytest.raises(SystemExit, match="Name or service not known; .*--data synthetic"):
-            data._download("https://nowhere/", part, 1000)
-        assert part.read_bytes() == begun
-    assert len(tried) == 2
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [("missing", "has no test_batch"), ("short", "bytes instead of"), ("label", "holds the label 77")],
-)
-def test_damaged_files_get_one_sentence(tmp_path, damage, message):
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_damaged_files_get_one_sentence(tmp_path, damage):
     (tmp_path / data.FOLDER).mkdir()
-    content = bytearray(10_000 * data.RECORD)
-    if damage == "label":
-        content[data.RECORD] = 77
-    if damage != "missing":
-        (tmp_path / data.FOLDER / "test_batch.bin").write_bytes(content[: -1 if damage == "short" else None])
-    with pytest.raises(SystemExit, match=message):
+    if damage == "short":
+        (tmp_path / data.FOLDER / "test_batch.bin").write_bytes(bytes(10_000 * data.RECORD - 1))
+    with pytest.raises(SystemExit, match="test_batch.bin is missing or damaged; delete .* fetches CIFAR-10"):
         data.load(str(tmp_path), "test")
 
 
-class Broken:
-    """A response whose TLS connection breaks after the first half, or where it is asked to go on, gives
-    the rest."""
+class Response:
+    """What a server answers that is asked for `content` from byte `start` on; the first answer breaks off,
+    as TLS does, after the half of it."""
 
-    def __init__(self, content, start):
-        self.status, self.parts = (
-            (206 if start else 200),
-            [content[start:]] if start else [content[: len(content) // 2]],
-        )
-        self.breaks = not start
+    def __init__(self, content, start, status=206):
+        self.status, self.parts, self.breaks = status, [content[start:]], start == 0
+        if self.breaks:
+            self.parts = [content[: len(content) // 2]]
 
     def __enter__(self):
         return self
@@ -334,31 +289,73 @@ class Broken:
         return b""
 
 
-def test_tls_that_breaks_in_mid_download_is_tried_again_like_any_broken_connection(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+@pytest.fixture
+def answers(monkeypatch):
+    """Put functions of the first byte asked for into this list: the answers of the network, in turn."""
+    answers = []
 
     def urlopen(request, timeout):
-        return Broken(b"0123456789", int(request.headers.get("Range", "bytes=0-")[6:-1]))
+        return answers.pop(0)(int(request.headers["Range"][6:-1]))
 
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
     monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
-    data._download("https://nowhere/", tmp_path / "part", 10)
+    return answers
+
+
+def offline(_):
+    raise urllib.error.URLError("Name or service not known")
+
+
+def digits(start):
+    return Response(b"0123456789", start)
+
+
+def test_tls_that_breaks_in_mid_download_is_tried_again_from_where_it_broke(tmp_path, answers):
+    answers += [digits, digits]
+    data.download("https://nowhere/", tmp_path / "part", 10)
     assert (tmp_path / "part").read_bytes() == b"0123456789"
 
 
-def test_a_full_disk_in_mid_download_is_not_blamed_on_the_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: Broken(b"0123456789", 0))
-    with pytest.raises(SystemExit, match="can't fetch CIFAR-10 into .*350 MB must be free"):
-        (tmp_path / "cifar-10-binary.tar.gz.part").mkdir()  # can't be written to
+def test_a_server_that_can_not_start_in_the_middle_sends_everything_again(tmp_path, answers):
+    answers += [digits, lambda start: Response(b"?0123456789", 1, status=200)]
+    data.download("https://nowhere/", tmp_path / "part", 10)
+    assert (tmp_path / "part").read_bytes() == b"0123456789"
+
+
+def test_a_network_that_is_gone_is_told_and_the_next_call_goes_on(tmp_path, answers):
+    answers += [digits, offline, digits]
+    with pytest.raises(SystemExit, match="can't download .* Name or service not known; .*--data synthetic"):
+        data.download("https://nowhere/", tmp_path / "part", 10)
+    assert (tmp_path / "part").read_bytes() == b"01234"
+    data.download("https://nowhere/", tmp_path / "part", 10)
+    assert (tmp_path / "part").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("begun", [b"", b"the beginning"])
+def test_where_nothing_arrives_the_first_try_is_the_last(tmp_path, answers, begun):
+    """A new download and one that was begun earlier, which keeps its part."""
+    (tmp_path / "part").write_bytes(begun)
+    answers += [offline]
+    with pytest.raises(SystemExit, match="Name or service not known"):
+        data.download("https://nowhere/", tmp_path / "part", 1000)
+    assert (tmp_path / "part").read_bytes() == begun
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+def test_a_full_disk_in_mid_download_is_not_blamed_on_the_network(tmp_path, answers):
+    (tmp_path / "cifar-10-binary.tar.gz.part").symlink_to("/dev/full")
+    answers += [lambda _: Response(bytes(1 << 20), 0)]
+    with pytest.raises(SystemExit, match="can't fetch CIFAR-10 into .*No space left.*350 MB must be free"):
         data.fetch(tmp_path, "https://nowhere/", 1 << 40, "")
 
 
-def test_a_certificate_that_can_not_be_checked_gets_its_remedy(tmp_path, monkeypatch):
-    def urlopen(*_, **__):
+def test_a_certificate_that_can_not_be_checked_gets_its_remedy(tmp_path, answers):
+    def unchecked(_):
         raise urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    answers += [unchecked]
     with pytest.raises(SystemExit, match="Install Certificates"):
-        data._download("https://nowhere/", tmp_path / "part", 10)
+        data.download("https://nowhere/", tmp_path / "part", 10)
 
 
 def test_the_bin_files_are_found_under_another_name_and_pickles_are_refused(tmp_path):
@@ -367,12 +364,12 @@ def test_the_bin_files_are_found_under_another_name_and_pickles_are_refused(tmp_
     (elsewhere / "test_batch.bin").touch()
     assert data.find(str(elsewhere)) == elsewhere
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(SystemExit, match="as Python pickles"):
+    with pytest.raises(SystemExit, match="holds pickles"):
         data.find(str(tmp_path))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
-def test_a_note_on_provenance_is_read_as_any_shell_writes_it(tmp_path, encoding):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_note_on_provenance_is_read_with_and_without_the_mark_that_windows_adds(tmp_path, encoding):
     (tmp_path / data.FOLDER).mkdir()
     (tmp_path / data.FOLDER / "provenance.txt").write_bytes("copie de l'été\r\n".encode(encoding))
     assert data.source(str(tmp_path)).provenance == "copie de l'été"

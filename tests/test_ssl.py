@@ -104,11 +104,11 @@ def test_losses_and_augmentation_stay_on_the_device_and_never_wait_for_it(stage1
     model = vit.ModelM(vit.ViT(dim=32, depth=2), projector=True).to("meta")
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
     labels = torch.empty(8, dtype=torch.long, device="meta")
-    views = stage1.two_views(images, None)  # [2, B, 3, S, S]
-    x, masked, _, angle = data.patch_augment(views.flatten(0, 1))
+    views = stage1.two_views(images, None)  # [2B, 3, S, S]
+    x, masked, _, angle = data.patch_augment(views)
     logits, painted, z = model(x, masked)
     loss, match = stage1.info_nce(z, 0.2)
-    loss = loss + F.cross_entropy(logits, angle) + stage1.paint_loss(painted, views.flatten(0, 1), masked, 8)
+    loss = loss + F.cross_entropy(logits, angle) + stage1.paint_loss(painted, views, masked, 8)
     x, other, kept = data.cutmix(data.crop_flip(images), labels)
     logits = vit.Classifier(model.encoder).to("meta")(x)
     loss = loss + data.cutmix_loss(logits, labels, other, kept, 0.1)
