@@ -49,7 +49,6 @@ import video
 import vit
 
 REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
-SPLITS = ("train", "validation", "test")
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's names of the architecture and of its weights
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ class Fusion(nn.Module):
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner, in half precision on CUDA: a model of Hugging Face, or a folder.
+    """(model, processor) of a BLIP captioner, in half precision on CUDA. `name`: on Hugging Face, or a folder.
     SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
     from transformers import BlipForConditionalGeneration as Blip
     from transformers import BlipProcessor
@@ -177,7 +176,8 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         model, found = Blip.from_pretrained(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
-        sys.exit(f"can't load the captioner {name} ({first_line(error)}); {advice}")
+        why = str(error).strip().partition("\n")[0]
+        sys.exit(f"can't load the captioner {name} ({why}); {advice}")
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
     return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
@@ -191,11 +191,6 @@ def quiet() -> None:
     disable_progress_bar()
     enable_progress_bars()
     logging.disable(logging.ERROR)
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, without its paragraphs of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pixel_values(processor, images: Tensor) -> Tensor:
@@ -274,6 +269,28 @@ def small_blips(out: str) -> list[str]:
     return folders
 
 
+def choose_captioner(args) -> tuple[str, list[str], dict]:
+    """What its captions are called, the model of each fold, what the caption file's header says of it."""
+    if args.captioner == "blip":
+        return "captions_blip", [args.blip], {"model": args.blip, "revision": args.revision}
+    models = small_blips(args.out)
+    weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
+    about = {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
+    if args.seen:
+        return "captions_tiny_seen", models[1:] + models[:1], about
+    return "captions_tiny", models, about
+
+
+def captions_before(path: pathlib.Path, header: dict) -> dict:
+    """The captions in the file, to go on with; SystemExit where it was made otherwise than `header` says."""
+    before, captions = read_captions(path)
+    for key, value in header.items():
+        if before.get(key) != value:
+            made = f"{path} was made with another {key}: {before.get(key)}, not {value}"
+            sys.exit(f"{made}; add --fresh to start over, or choose another --name")
+    return captions
+
+
 def captions_left(captions: dict, split: str, number: int, models: list[str], batch: int) -> list[tuple]:
     """What is left to do of a split: pairs of a model and the indices [b] of the images it captions at once.
 
@@ -296,28 +313,17 @@ def caption(args: argparse.Namespace) -> None:
     if args.seen and args.captioner == "blip":
         sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
     machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
-    name, models, what = "captions_blip", [args.blip], {"model": args.blip, "revision": args.revision}
-    if args.captioner == "tiny":
-        name, models = "captions_tiny", small_blips(args.out)
-        weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
-        what = {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
-    if args.seen:
-        name, models = "captions_tiny_seen", models[1:] + models[:1]
+    name, models, chosen = choose_captioner(args)
     name = args.name or name
     path, captions = pathlib.Path(args.out, f"{name}.jsonl"), {}
     header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
-    header |= {"max_new_tokens": args.max_new_tokens} | what
+    header |= {"max_new_tokens": args.max_new_tokens} | chosen
     if path.exists() and not args.fresh:
-        before, captions = read_captions(path)
-        for key, value in header.items():
-            if before.get(key) != value:
-                made = f"{path} was made with another {key}: {before.get(key)}, not {value}"
-                sys.exit(f"{made}; add --fresh to start over, or choose another --name")
-        header = before
+        captions = captions_before(path, header)
 
     load = functools.cache(load_blip)  # once each, when it is needed
     row, saved = {}, time.perf_counter()
-    for split in SPLITS:
+    for split in ("train", "validation", "test"):
         images, labels = data.load(args.data, split, limit=args.limit)
         left = captions_left(captions, split, len(images), models, args.batch)
         progress = vit.Progress(f"{split} captions", sum(len(index) for _, index in left))
@@ -330,9 +336,10 @@ def caption(args: argparse.Namespace) -> None:
             if time.perf_counter() - saved > 10:  # seconds, the most that an accident can cost
                 write_captions(path, header, captions)
                 saved = time.perf_counter()
-        write_captions(path, header, captions)
+        if left:
+            write_captions(path, header, captions)
         if split in ("train", "validation", args.split):  # test: only if asked
-            named = [named_class(captions[split, i], about.classes) for i in range(len(images))]
+            named = [named_class(captions[split, i], about.classes) for i in range(len(labels))]
             named = torch.tensor(named)  # [n]
             row[f"{split}_right"] = (named == labels).float().mean().item()
             row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
@@ -362,8 +369,9 @@ def load_clip(name: str, weights: str | None):
             advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip"
         elif hub:
             advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
-        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
-    if not torch.is_tensor(getattr(model, "text_projection", None)):
+        why = str(error).strip().partition("\n")[0]
+        sys.exit(f"can't load the CLIP {name} with weights {weights} ({why}); {advice}")
+    if not (torch.is_tensor(getattr(model, "text_projection", None)) and hasattr(tokenizer, "decode")):
         sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose another --clip")
     return model.eval(), tokenizer
 
@@ -433,9 +441,8 @@ def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tenso
     if "words" not in stored:  # no file, or one of an earlier version
         return "", {}
     states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
-    return stored["used"].item(), dict(
-        zip(stored["captions"].tolist(), zip(stored["words"].tolist(), states))
-    )
+    captions, words = stored["captions"].tolist(), stored["words"].tolist()
+    return stored["used"].item(), dict(zip(captions, zip(words, states)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -498,12 +505,8 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
     both |= {"num_attention_heads": ours["heads"]}
     image = {"image_size": size, "patch_size": ours["patch_size"], "num_hidden_layers": ours["depth"]}
     text = {"vocab_size": len(number), "num_hidden_layers": 2, "encoder_hidden_size": ours["dim"]}
-    text |= {"max_position_embeddings": 16, "bos_token_id": number["[DEC]"]}
-    text |= {
-        "eos_token_id": number["[SEP]"],
-        "sep_token_id": number["[SEP]"],
-        "pad_token_id": number["[PAD]"],
-    }
+    text |= {"max_position_embeddings": 16, "bos_token_id": number["[DEC]"], "pad_token_id": number["[PAD]"]}
+    text |= {"eos_token_id": number["[SEP]"], "sep_token_id": number["[SEP]"]}
     config = transformers.BlipConfig(vision_config=both | image, text_config=both | text)
     model = transformers.BlipForConditionalGeneration(config)
     copy_encoder(encoder, model.vision_model)
@@ -517,10 +520,8 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
 @torch.no_grad()
 def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     """Copy our encoder into BLIP's image tower, whose images may be larger: positions are interpolated."""
-    pairs = [
-        (encoder.patch_embedding, tower.embeddings.patch_embedding),
-        (encoder.norm, tower.post_layernorm),
-    ]
+    ends = tower.embeddings
+    pairs = [(encoder.patch_embedding, ends.patch_embedding), (encoder.norm, tower.post_layernorm)]
     for ours, theirs in zip(encoder.blocks, tower.encoder.layers):
         pairs += [(ours.norm1, theirs.layer_norm1), (ours.attn.qkv, theirs.self_attn.qkv)]
         pairs += [(ours.attn.proj, theirs.self_attn.projection), (ours.norm2, theirs.layer_norm2)]
@@ -528,13 +529,13 @@ def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     for ours, theirs in pairs:
         theirs.load_state_dict(ours.state_dict())
     side = encoder.config["image_size"] // encoder.config["patch_size"]
-    new_side = int((tower.embeddings.position_embedding.shape[1] - 1) ** 0.5)
+    new_side = int((ends.position_embedding.shape[1] - 1) ** 0.5)
     cls, grid = encoder.positions[:, :1], encoder.positions[:, 1:]  # [1, 1, D], [1, N, D]
     grid = grid.transpose(1, 2).unflatten(2, (side, side))  # [1, D, side, side]
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic")
     grid = grid.flatten(2).transpose(1, 2)  # [1, new N, D]
-    tower.embeddings.position_embedding.copy_(torch.cat([cls, grid], dim=1))
-    tower.embeddings.class_embedding.copy_(encoder.cls)
+    ends.position_embedding.copy_(torch.cat([cls, grid], dim=1))
+    ends.class_embedding.copy_(encoder.cls)
 
 
 def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: list[str], machine) -> None:
@@ -562,10 +563,8 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: l
             pixels = pixel_values(processor, (255 * x).round().byte())  # [B, 3, S', S']
             with machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
-            guess, target = (
-                logits[:, :-1],
-                words[:, 1:],
-            )  # [B, L + 1, V], [B, L + 1]: a word from those before
+            guess = logits[:, :-1]  # [B, L + 1, V]
+            target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -710,40 +709,35 @@ def fuse(args: argparse.Namespace) -> None:
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: part._replace(row=part.row.roll(-1)) for split, part in splits.items()}
-        # without the image nothing could tell what CutMix has mixed in
-        cutmix = 0.0 if control == "text_only" else args.cutmix
 
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         text_dim = own["train"].states.shape[2]
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
         model.to(machine.device)
-        run = train_fusion(args, name, model, own["train"], own["validation"], cutmix, also, machine)
+        run = train_fusion(args, name, model, own["train"], own["validation"], also, machine)
         if vit.measured(args, name, run.path):
             continue
         judged = own[args.split]
         logits = predict(model, judged, machine)
-        arrays = {"guess": logits.argmax(1), "labels": judged.labels}
-        arrays |= for_figures(model, judged, embedded, args.text == "tokens")
+        arrays = for_figures(model, judged, logits, embedded, args.text == "tokens")
         vit.write_arrays(vit.arrays_path(args, name), **arrays)
         row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
         row |= {"report": REPORTED.get(name)} | run.summary()
         vit.record(args, name, machine, about, value=vit.accuracy(logits, judged.labels), **row)
 
 
-def train_fusion(
-    args, name: str, model: Fusion, train: Captioned, validation: Captioned, cutmix, also, machine
-):
-    """Train one row of `fuse` -> its Run. `cutmix`: share of batches mixed; `also`: see vit.Run."""
+def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, also, machine):
+    """Train one row of `fuse` -> its Run. `also`: settings that are no options."""
+    # without the image nothing could tell what CutMix has mixed in
+    cutmix = args.cutmix if model.cls is None else 0.0
     parallel = vit.data_parallel(model, some_idle=True)
 
     run = vit.Run(args, name, model, machine, None, len(train.images) // args.batch, also)
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(train.images), args.batch, run.generator):
-            x, y = (
-                data.crop_flip(train.images[index], run.generator),
-                train.labels[index],
-            )  # [B, 3, S, S], [B]
+            x = data.crop_flip(train.images[index], run.generator)  # [B, 3, S, S]
+            y = train.labels[index]  # [B]
             x, other, kept = data.cutmix(x, y, run.generator, cutmix)  # a mixed image keeps its own caption
             x, y, other, index = vit.share(x), vit.share(y), vit.share(other), vit.share(index)
             with machine.autocast():
@@ -770,15 +764,17 @@ def predict(model: Fusion, split: Captioned, machine: vit.Machine) -> Tensor:
 
 
 @torch.no_grad()
-def for_figures(model: Fusion, split: Captioned, embedded: dict, tokens: bool) -> dict:
-    """The first two images of each class, their captions, and with `tokens` the attention to their words."""
-    shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [n]
+def for_figures(model: Fusion, split: Captioned, logits: Tensor, embedded: dict, tokens: bool) -> dict:
+    """The answers to all images [n]; of the first two of each class the captions, and with `tokens` the
+    attention to their words."""
+    shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [m]
     images, captions = split.images[shown], [list(embedded)[row] for row in split.row[shown].tolist()]
-    arrays = {"shown": shown, "images": images, "captions": captions}
+    arrays = {"guess": logits.argmax(1), "labels": split.labels}
+    arrays |= {"shown": shown, "images": images, "captions": captions}
     if tokens and model.text:
         trace = []
         model(images.float() / 255, *split.text(shown), trace)
-        weights = trace[0].mean(dim=1)[:, 0]  # [n, H, 1, L] -> [n, L], the mean of the heads
+        weights = trace[0].mean(dim=1)[:, 0]  # [m, H, 1, L] -> [m, L], the mean of the heads
         arrays |= {"weights": weights, "words": [embedded[caption][0] for caption in captions]}
     return arrays
 

@@ -2,9 +2,8 @@
 commands."""
 
 import argparse
-import errno
+import itertools
 import json
-import os
 import pathlib
 import shutil
 
@@ -38,8 +37,8 @@ def randomise(model):
     return model.eval()
 
 
-def small_fusion(image=True):
-    return multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=D, depth=2), 1, F), E, image)
+def small_fusion(**sees):
+    return multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=D, depth=2), 1, F), E, **sees)
 
 
 def torch_attention(ours):
@@ -119,7 +118,9 @@ def test_the_controls_see_only_what_they_should():
     assert not torch.allclose(both(images, text), both(images.flip(0), text))
     torch.testing.assert_close(text_only(images, text), text_only(images.flip(0), text))
     assert not torch.allclose(text_only(images, text), text_only(images, text.flip(0)))
-    assert not torch.allclose(both(images), both(images, text))  # the gate closed
+    image_only = randomise(small_fusion(text=False))
+    assert torch.equal(image_only(images, text), image_only(images, text.flip(0)))
+    assert not torch.allclose(image_only(images, text), image_only(images.flip(0), text))
 
 
 def test_the_text_is_let_in_by_training():
@@ -177,14 +178,7 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
         '{"split": "train", "ind',
     ]
     path.write_text("\n".join(lines))
-    header, captions, whole = multimodal.read_captions(path)
-    assert (
-        header == about
-        and captions == {("train", 0): "a \u00e9l\u00e9phant"}
-        and whole == len("\n".join(lines[:2])) + 1
-    )
-    with pytest.raises(SystemExit, match="lacks 1 of 2 captions"):
-        multimodal.captions_of(captions, "train", 2)
+    assert multimodal.read_captions(path) == (about, {("train", 0): "a \u00e9l\u00e9phant"})
     for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
         path.write_text(content)
         with pytest.raises(SystemExit, match="is not a caption file"):
@@ -195,14 +189,25 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
 
 def test_a_caption_file_from_an_editor_keeps_its_last_caption_and_may_have_blank_lines(tmp_path):
     path, about = tmp_path / "captions.jsonl", {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    lines = [about, *({"split": "train", "index": i, "caption": f"caption {i}"} for i in range(2))]
-    path.write_text("\n".join(map(json.dumps, lines)))  # no newline at the end
-    assert multimodal.begin_captions(path, about, fresh=False) == {
-        ("train", i): f"caption {i}" for i in range(2)
-    }
-    multimodal.append_captions(path, "train", {2: "caption 2"})
-    path.write_text(path.read_text() + "\n\n")
-    assert len(multimodal.read_captions(path)[1]) == 3
+    captions = {("train", i): f"caption {i}" for i in range(3)}
+    multimodal.write_captions(path, about, captions)
+    whole = path.read_text()
+    for text in (whole, whole.removesuffix("\n"), whole.replace("\n", "\n\n"), whole.replace("\n", "\r\n")):
+        path.write_text(text)
+        assert multimodal.read_captions(path) == (about, captions)
+
+
+def test_a_caption_file_is_written_every_few_seconds(finished, monkeypatch):
+    """What is left to an accident is the last ten seconds' work."""
+    hours = itertools.count(step=3600)
+    written, write = [], multimodal.write_captions
+    monkeypatch.setattr(multimodal.time, "perf_counter", lambda: next(hours))
+    monkeypatch.setattr(multimodal, "load_blip", lambda *_: (None, None))
+    monkeypatch.setattr(multimodal, "describe", lambda model, _, images, *__: ["a cat"] * len(images))
+    monkeypatch.setattr(multimodal, "write_captions", lambda *a: (written.append(len(a[2])), write(*a)))
+    words = ["caption", "--captioner", "tiny", "--batch", 80, "--name", "often", "--out", finished, *TINY]
+    call("multimodal.py", *words)
+    assert sorted(set(written)) == list(range(80, 3 * 320 + 1, 80))
 
 
 @pytest.mark.parametrize("fault", ["a decoder layer is missing", "no captioner at all"])
@@ -221,19 +226,13 @@ def test_a_captioner_with_weights_missing_is_refused(finished, tmp_path, fault):
         multimodal.load_blip(str(folder), None, torch.device("cpu"))
 
 
-def test_words_are_spelled_as_written_and_cut_where_clip_cuts():
-    assert multimodal.spelled(["un été"], 77) == ["<start> un é té <end>"]  # not Ã©
-    long = multimodal.spelled(["a cat " * 20], 16)[0].split()
+def test_words_are_spelled_as_written_and_cut_where_clip_cuts(tmp_path):
+    small_clip(tmp_path)
+    captions = ["un été", "a cat " * 20]
+    found = multimodal.embed_words(*multimodal.load_clip(f"local-dir:{tmp_path}", None), captions)
+    assert found["un été"][0] == "<start> un é té <end>"  # not Ã©
+    long = found[captions[1]][0].split()
     assert len(long) == 16 and long[-1] == "<end>"
-
-
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="can't write .*captions.jsonl: No space left"):
-        multimodal.append_captions(tmp_path / "captions.jsonl", "train", {0: "a caption"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,11 +337,12 @@ def test_the_last_word_is_clips_own_embedding_and_no_word_knows_a_later_one(tmp_
     model, tokenizer = multimodal.load_clip(f"local-dir:{tmp_path}", None)
     captions = ["a cat", "a cat on dark green", "two dogs"]
     found = multimodal.embed_words(model, tokenizer, captions)
-    assert [len(s) for s in found] == [len(c.split()) for c in multimodal.spelled(captions, 16)] == [4, 7, 4]
-    torch.testing.assert_close(
-        torch.stack([s[-1] for s in found]), model.encode_text(tokenizer(captions), normalize=True)
-    )
-    torch.testing.assert_close(found[0][:3], found[1][:3])  # <start> a cat
+    words, states = zip(*found.values())
+    assert words[0] == "<start> a cat <end>" and list(found) == captions
+    assert [len(s) for s in states] == [len(w.split()) for w in words] == [4, 7, 4]
+    last = torch.stack([s[-1] for s in states])
+    torch.testing.assert_close(last, model.encode_text(tokenizer(captions), normalize=True))
+    torch.testing.assert_close(states[0][:3], states[1][:3])  # <start> a cat
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_the_real_models_way_with_small_ones_from_folders(finished, tmp_path):
         3,
         *out,
     )
-    header, captions, _ = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
+    header, captions = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
     assert (
         header["captioner"] == "blip"
         and header["model"] == str(finished / "tiny_blip_0")
@@ -477,13 +477,13 @@ def test_captions_are_the_same_after_a_kill(finished):
     before, raw = multimodal.read_captions(path), path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])  # mid-line, mid-batch
     call("multimodal.py", "caption", "--captioner", "tiny", "--batch", 100, "--out", finished, *TINY)
-    assert multimodal.read_captions(path)[:2] == before[:2] and len(path.read_bytes()) == len(raw)
+    assert multimodal.read_captions(path) == before and len(path.read_bytes()) == len(raw)
 
 
 def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
     embed = ["embed", "--out", finished, *TINY, "--captions"]
     assert " 0 to embed" in call("multimodal.py", *embed, finished / "captions_tiny.jsonl")
-    place, states, _, clip = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    clip, before = multimodal.read_embeddings(finished / "captions_tiny.npz")
     # brought in from another machine, under the same name
     more = finished / "elsewhere" / "captions_tiny.jsonl"
     more.parent.mkdir()
@@ -492,9 +492,9 @@ def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
         + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n'
     )
     assert " 1 to embed" in call("multimodal.py", *embed, more)
-    longer, new_states, words, same = multimodal.read_embeddings(finished / "captions_tiny.npz")
-    assert same == clip and longer == place | {"a brand new caption": len(place)}
-    assert all(torch.equal(a, b) for a, b in zip(states, new_states))
+    same, after = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    assert same == clip and list(after) == [*before, "a brand new caption"]
+    assert all(after[c][0] == before[c][0] and torch.equal(after[c][1], before[c][1]) for c in before)
 
 
 def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path, monkeypatch):
@@ -565,7 +565,7 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
         (finished / stranger).mkdir(exist_ok=True)
         (finished / stranger / "config.json").touch()
     monkeypatch.setattr(multimodal, "load_blip", lambda name, *_: (pathlib.Path(name).name, None))
-    monkeypatch.setattr(multimodal, "write_captions", lambda model, _, images, *__: [model] * len(images))
+    monkeypatch.setattr(multimodal, "describe", lambda model, _, images, *__: [model] * len(images))
     for seen in (0, 1):
         call(
             "multimodal.py",
@@ -579,7 +579,7 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
             finished,
             *TINY,
         )
-        _, captions, _ = multimodal.read_captions(finished / f"by_{seen}.jsonl")
+        _, captions = multimodal.read_captions(finished / f"by_{seen}.jsonl")
         assert len(captions) == 3 * 320 and all(
             by == f"tiny_blip_{(i + seen) % 2}" for (_, i), by in captions.items()
         )
@@ -598,16 +598,19 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
     (finished / "elsewhere.safetensors").rename(weights)
 
 
-def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finished):
-    _, captions, _ = multimodal.read_captions(finished / "captions_tiny.jsonl")
+def test_fusion_reads_every_images_own_caption_or_with_shuffled_anothers(finished):
+    _, captions = multimodal.read_captions(finished / "captions_tiny.jsonl")
     own = [captions["train", i] for i in range(50)]
-    place, states, _, _ = multimodal.read_embeddings(finished / "captions_tiny.npz")
-    padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
-    is_word = torch.arange(padded.shape[1]) < torch.tensor([len(s) for s in states])[:, None]
+    _, embedded = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    args = argparse.Namespace(text="tokens", split="validation", data="synthetic", limit=50, captions="f")
+    train = multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))["train"]
     index = torch.tensor([7, 0, 49, 7])
-    embeddings, words = multimodal.Text(own, place, padded, is_word)(index)
-    for row, word, i in zip(embeddings, words, index.tolist()):
-        torch.testing.assert_close(row[word], states[place[own[i]]].float())
+    states, is_word = train.text(index)
+    for state, words, i in zip(states, is_word, index.tolist()):
+        torch.testing.assert_close(state[words], embedded[own[i]][1].float())
+    del captions["train", 7]
+    with pytest.raises(SystemExit, match="f lacks 1 of 50 train captions"):
+        multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))
     shown = np.load(finished / "fusion_tiny_shuffled_validation.npz")
     validation = [captions["validation", i] for i in range(320)]
     others = validation[1:] + validation[:1]
@@ -640,7 +643,7 @@ def test_beams_and_long_captions(finished):
     # no word is likelier than another, so sentences don't end
     nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)
     machine = vit.Machine("cpu", "float32")
-    assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
+    assert len(multimodal.describe(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
 
 
 def test_another_clip_makes_another_fusion_run(finished):
