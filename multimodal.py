@@ -165,15 +165,15 @@ class Fusion(nn.Module):
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner, in half precision on CUDA. `name`: on Hugging Face, or a folder.
-    SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
-    from transformers import BlipForConditionalGeneration as Blip
-    from transformers import BlipProcessor
+    """(model, processor) of a BLIP captioner, a model of Hugging Face's hub or a folder; on CUDA in half
+    precision. SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
+    import transformers
 
     quiet()
+    load = transformers.BlipForConditionalGeneration.from_pretrained
     try:
-        processor = BlipProcessor.from_pretrained(name, revision=revision)
-        model, found = Blip.from_pretrained(name, revision=revision, output_loading_info=True)
+        processor = transformers.BlipProcessor.from_pretrained(name, revision=revision)
+        model, found = load(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
         why = str(error).strip().partition("\n")[0]
@@ -315,11 +315,10 @@ def caption(args: argparse.Namespace) -> None:
     machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
     name, models, chosen = choose_captioner(args)
     name = args.name or name
-    path, captions = pathlib.Path(args.out, f"{name}.jsonl"), {}
+    path = pathlib.Path(args.out, f"{name}.jsonl")
     header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
     header |= {"max_new_tokens": args.max_new_tokens} | chosen
-    if path.exists() and not args.fresh:
-        captions = captions_before(path, header)
+    captions = captions_before(path, header) if path.exists() and not args.fresh else {}
 
     load = functools.cache(load_blip)  # once each, when it is needed
     row, saved = {}, time.perf_counter()
@@ -333,7 +332,7 @@ def caption(args: argparse.Namespace) -> None:
             found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
             captions |= {(split, i): text for i, text in zip(index.tolist(), found)}
             progress.advance(len(index))
-            if time.perf_counter() - saved > 10:  # seconds, the most that an accident can cost
+            if time.perf_counter() - saved > 10:  # seconds: no accident costs more
                 write_captions(path, header, captions)
                 saved = time.perf_counter()
         if left:
@@ -671,10 +670,10 @@ def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -
     found = {}
     for split in ("train", "validation", args.split):
         images, labels = data.load(args.data, split, device, args.limit)
-        lacking = [i for i in range(len(images)) if (split, i) not in captions]
-        if lacking:
-            lacks = f"{args.captions} lacks {len(lacking)} of {len(images)} {split} captions"
-            sys.exit(f"{lacks}; `python multimodal.py caption` goes on with it")
+        if any((split, i) not in captions for i in range(len(images))):
+            sys.exit(
+                f"{args.captions} lacks {split} captions; `python multimodal.py caption` goes on with it"
+            )
         row = [place[captions[split, i]] for i in range(len(images))]
         found[split] = Captioned(images, labels, torch.tensor(row, device=device), states, is_word)
     return found
@@ -709,7 +708,6 @@ def fuse(args: argparse.Namespace) -> None:
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: part._replace(row=part.row.roll(-1)) for split, part in splits.items()}
-
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         text_dim = own["train"].states.shape[2]
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
@@ -768,7 +766,8 @@ def for_figures(model: Fusion, split: Captioned, logits: Tensor, embedded: dict,
     """The answers to all images [n]; of the first two of each class the captions, and with `tokens` the
     attention to their words."""
     shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [m]
-    images, captions = split.images[shown], [list(embedded)[row] for row in split.row[shown].tolist()]
+    known, images = list(embedded), split.images[shown]
+    captions = [known[row] for row in split.row[shown].tolist()]
     arrays = {"guess": logits.argmax(1), "labels": split.labels}
     arrays |= {"shown": shown, "images": images, "captions": captions}
     if tokens and model.text:
