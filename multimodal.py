@@ -136,7 +136,7 @@ class Fusion(nn.Module):
         super().__init__()
         dim = model.encoder.config["dim"]
         self.video = model
-        self.text = text
+        self.sees_text = text
         self.project = nn.Linear(text_dim, dim)
         self.block = CrossBlock(dim, model.encoder.config["heads"])
         self.cls = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -154,7 +154,7 @@ class Fusion(nn.Module):
             x = tokens[:, :1]  # CLS, [B, 1, D]
         else:
             x = self.cls.expand(len(images), -1, -1)  # [B, 1, D]
-        text = self.project(text) if self.text else None  # [B, L, D]
+        text = self.project(text) if self.sees_text else None  # [B, L, D]
         x = self.block(x, text, is_word, trace)
         return self.video.head(self.video.norm(x[:, 0]))
 
@@ -165,8 +165,8 @@ class Fusion(nn.Module):
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner, a model of Hugging Face's hub or a folder; on CUDA in half
-    precision. SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
+    """(model, processor) of a BLIP captioner on Hugging Face's hub or in a folder; on CUDA in half precision.
+    SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
     import transformers
 
     quiet()
@@ -292,15 +292,14 @@ def captions_before(path: pathlib.Path, header: dict) -> dict:
 
 
 def captions_left(captions: dict, split: str, number: int, models: list[str], batch: int) -> list[tuple]:
-    """What is left to do of a split: pairs of a model and the indices [b] of the images it captions at once.
+    """What is left to do of a split: pairs of a model and the indices of the images that it captions at once.
 
     Of k models the first captions images 0, k, 2k, ..., the second 1, k + 1, 2k + 1, ..., and so on.
     """
     left = []
     for fold, model in enumerate(models):
-        for index in torch.arange(fold, number, len(models)).split(batch):
-            if any((split, i) not in captions for i in index.tolist()):
-                left.append((model, index))
+        index = [i for i in range(fold, number, len(models)) if (split, i) not in captions]
+        left += [(model, index[i : i + batch]) for i in range(0, len(index), batch)]
     return left
 
 
@@ -330,7 +329,7 @@ def caption(args: argparse.Namespace) -> None:
             model, processor = load(model_name, args.revision, machine.device)
             x = images[index].to(machine.device)
             found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
-            captions |= {(split, i): text for i, text in zip(index.tolist(), found)}
+            captions |= {(split, i): text for i, text in zip(index, found)}
             progress.advance(len(index))
             if time.perf_counter() - saved > 10:  # seconds: no accident costs more
                 write_captions(path, header, captions)
@@ -403,7 +402,7 @@ def embed(args: argparse.Namespace) -> None:
     clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     if folder.is_dir():
         clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
-    path = embeddings_path(args.out, args.captions)
+    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
     before, embedded = read_embeddings(path)
     if before != clip:
         embedded = {}
@@ -425,11 +424,6 @@ def embed(args: argparse.Namespace) -> None:
     arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
     vit.write_arrays(path, **arrays)
     print(f"wrote {path}")
-
-
-def embeddings_path(out: str, captions: str) -> pathlib.Path:
-    """Where the embeddings of a caption file lie."""
-    return pathlib.Path(out, pathlib.Path(captions).stem + ".npz")
 
 
 def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tensor]]]:
@@ -648,19 +642,19 @@ class Captioned(NamedTuple):
 
     images: Tensor  # uint8 [n, 3, S, S]
     labels: Tensor  # [n]
-    row: Tensor  # [n], where in the two tables below an image's caption stands
+    which: Tensor  # [n], the number of each image's caption in the two tables that follow
     states: Tensor  # [U, L, E]
     is_word: Tensor  # [U, L], False where there is only padding
 
     def text(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """What Fusion reads beside the images at `index` [B]: [B, L, E] and [B, L]."""
-        rows = self.row[index]  # [B]
-        return self.states[rows].float(), self.is_word[rows]
+        which = self.which[index]  # [B]
+        return self.states[which].float(), self.is_word[which]
 
 
 def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -> dict[str, Captioned]:
     """The splits that `fuse` needs, by name. SystemExit where an image has no caption."""
-    place = {caption: i for i, caption in enumerate(embedded)}
+    number = {caption: i for i, caption in enumerate(embedded)}
     states = [state for _, state in embedded.values()]
     if args.text == "pooled":  # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
         states = [s[-1:] for s in states]
@@ -674,8 +668,8 @@ def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -
             sys.exit(
                 f"{args.captions} lacks {split} captions; `python multimodal.py caption` goes on with it"
             )
-        row = [place[captions[split, i]] for i in range(len(images))]
-        found[split] = Captioned(images, labels, torch.tensor(row, device=device), states, is_word)
+        which = [number[captions[split, i]] for i in range(len(images))]
+        found[split] = Captioned(images, labels, torch.tensor(which, device=device), states, is_word)
     return found
 
 
@@ -687,7 +681,8 @@ def fuse(args: argparse.Namespace) -> None:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
-    clip, embedded = read_embeddings(embeddings_path(args.out, args.captions))
+    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
+    clip, embedded = read_embeddings(path)
     if not embedded or not embedded.keys() >= set(captions.values()):
         command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
         sys.exit(f"not all of these captions are embedded; `{command}` does it")
@@ -707,7 +702,7 @@ def fuse(args: argparse.Namespace) -> None:
         also["control"] = None if control == "none" else control
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
-            own = {split: part._replace(row=part.row.roll(-1)) for split, part in splits.items()}
+            own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         text_dim = own["train"].states.shape[2]
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
@@ -725,7 +720,7 @@ def fuse(args: argparse.Namespace) -> None:
 
 
 def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, also, machine):
-    """Train one row of `fuse` -> its Run. `also`: settings that are no options."""
+    """Train one row of `fuse` -> its vit.Run. `also`: settings that are no options."""
     # without the image nothing could tell what CutMix has mixed in
     cutmix = args.cutmix if model.cls is None else 0.0
     parallel = vit.data_parallel(model, some_idle=True)
@@ -767,10 +762,10 @@ def for_figures(model: Fusion, split: Captioned, logits: Tensor, embedded: dict,
     attention to their words."""
     shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [m]
     known, images = list(embedded), split.images[shown]
-    captions = [known[row] for row in split.row[shown].tolist()]
+    captions = [known[i] for i in split.which[shown].tolist()]
     arrays = {"guess": logits.argmax(1), "labels": split.labels}
     arrays |= {"shown": shown, "images": images, "captions": captions}
-    if tokens and model.text:
+    if tokens and model.sees_text:
         trace = []
         model(images.float() / 255, *split.text(shown), trace)
         weights = trace[0].mean(dim=1)[:, 0]  # [m, H, 1, L] -> [m, L], the mean of the heads
@@ -808,9 +803,7 @@ def main() -> None:
     p = stages.add_parser("embed", parents=[common], help="embed the distinct captions of a file")
     add = p.add_argument
     add("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
-    add(
-        "--clip", help='open_clip architecture or "local-dir:FOLDER" (default: ViT-B-32; tiny: the small one)'
-    )
+    add("--clip", help='architecture or "local-dir:FOLDER" (default: ViT-B-32; for tiny the small one)')
     add("--clip-weights", default=CLIP[1], help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
