@@ -31,23 +31,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
-import os
 import pathlib
 import re
 import sys
+import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import video
 import vit
 
 REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
-SPLITS = ("train", "validation", "test")
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's names of the architecture and of its weights
 
 # ---------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, is_word: torch.Tensor | None = None):
+    def forward(self, x: Tensor, text: Tensor, is_word: Tensor | None = None):
         """x: [B, T, D], text: [B, L, D], is_word: [B, L], False where there is only padding
         -> [B, T, D], attention weights [B, H, T, L]."""
         B, T, D = x.shape
@@ -112,15 +113,9 @@ class CrossBlock(nn.Module):
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp[2].weight)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        text: torch.Tensor | None,
-        is_word: torch.Tensor | None = None,
-        trace: list | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, text: Tensor | None, is_word: Tensor | None = None, trace=None) -> Tensor:
         """x: [B, T, D], text: [B, L, D] (None: only the MLP works), is_word: [B, L] -> [B, T, D].
-        `trace`, where given, receives the attention weights [B, H, T, L]."""
+        `trace`, a list, receives the attention weights [B, H, T, L]."""
         if text is not None:
             update, weights = self.attn(self.norm1(x), self.norm_text(text), is_word)
             x = x + update
@@ -133,14 +128,15 @@ class Fusion(nn.Module):
     """The video model with a cross-attention block after its last spatio-temporal block.
 
     Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block
-    would read what the others had learned from the text. `image=False` is the control that sees only the
-    caption: a learned vector asks in place of the image.
+    would read what the others had learned from the text. Two controls see one of the two only: with
+    `image=False` a learned vector asks in place of the image, with `text=False` nothing is asked.
     """
 
-    def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True):
+    def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True, text: bool = True):
         super().__init__()
         dim = model.encoder.config["dim"]
         self.video = model
+        self.sees_text = text
         self.project = nn.Linear(text_dim, dim)
         self.block = CrossBlock(dim, model.encoder.config["heads"])
         self.cls = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -150,54 +146,38 @@ class Fusion(nn.Module):
         """The image encoder, as in every model of this project."""
         return self.video.encoder
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        text: torch.Tensor | None = None,
-        is_word: torch.Tensor | None = None,
-        trace: list | None = None,
-    ) -> torch.Tensor:
-        """Static videos, each of one image: [B, 3, S, S]; text: [B, L, E] or None; is_word: [B, L]
-        -> class logits [B, K]."""
+    def forward(self, images: Tensor, text: Tensor, is_word: Tensor | None = None, trace=None) -> Tensor:
+        """Static videos of one image each, [B, 3, S, S]; text [B, L, E], is_word [B, L] -> logits [B, K]."""
         if self.cls is None:
-            first = torch.zeros(1, self.video.frames, dtype=torch.long, device=images.device)
-            tokens, _ = self.video.tokens(images[:, None], first.expand(len(images), -1))  # [B, 1 + F, D]
+            first = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)
+            tokens, _ = self.video.tokens(images[:, None], first)  # [B, 1 + F, D]
             x = tokens[:, :1]  # CLS, [B, 1, D]
         else:
             x = self.cls.expand(len(images), -1, -1)  # [B, 1, D]
-        if text is not None:
-            text = self.project(text)  # [B, L, D]
+        text = self.project(text) if self.sees_text else None  # [B, L, D]
         x = self.block(x, text, is_word, trace)
         return self.video.head(self.video.norm(x[:, 0]))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"},
-# appended batch by batch, so that hours of captioning survive any accident.
+# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"}.
 # ---------------------------------------------------------------------------------------------------------
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner: a model id of the Hugging Face hub, or a folder by
-    save_pretrained.
-
-    Weights in half precision on CUDA. Raises SystemExit with one sentence when it can't be had, or when it
-    lacks weights, which the library would fill in at random.
-    """
-    from transformers import BlipForConditionalGeneration, BlipProcessor
+    """(model, processor) of a BLIP captioner on Hugging Face's hub or in a folder; on CUDA in half precision.
+    SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
+    import transformers
 
     quiet()
+    load = transformers.BlipForConditionalGeneration.from_pretrained
     try:
-        processor = BlipProcessor.from_pretrained(name, revision=revision)
-        model, found = BlipForConditionalGeneration.from_pretrained(
-            name, revision=revision, output_loading_info=True
-        )
+        processor = transformers.BlipProcessor.from_pretrained(name, revision=revision)
+        model, found = load(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
-        sys.exit(
-            f"can't load the captioner {name} ({first_line(error)}); where there is a network, "
-            f"`hf download {name} --exclude tf_model.h5` fetches it (into HF_HOME); "
-            "or name a folder with --blip, or say --captioner tiny"
-        )
+        advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
+        why = str(error).strip().partition("\n")[0]
+        sys.exit(f"can't load the captioner {name} ({why}); {advice}")
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
     return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
@@ -213,20 +193,15 @@ def quiet() -> None:
     logging.disable(logging.ERROR)
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its paragraphs of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def pixel_values(processor, images: torch.Tensor) -> torch.Tensor:
+def pixel_values(processor, images: Tensor) -> Tensor:
     """What BLIP sees of uint8 images [B, 3, S, S]: enlarged and standardised, float [B, 3, S', S']."""
     device = images.device
     images = images.cpu() if device.type == "mps" else images  # not every PyTorch can enlarge this way there
     return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
 
 
-def write_captions(model, processor, images: torch.Tensor, beams: int, longest: int, machine: vit.Machine):
-    """The captions, a list of n strings, of uint8 images [n, 3, S, S]; of at most `longest` tokens each."""
+def describe(model, processor, images: Tensor, beams: int, longest: int, machine: vit.Machine) -> list[str]:
+    """The captions, of at most `longest` tokens each, of uint8 images [n, 3, S, S]."""
     longest = min(longest, model.config.text_config.max_position_embeddings - 1)
     pixels = pixel_values(processor, images).to(model.dtype)
     on_cpu = machine.device.type == "cpu"  # elsewhere the weights themselves are in the precision chosen
@@ -235,47 +210,27 @@ def write_captions(model, processor, images: torch.Tensor, beams: int, longest: 
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[tuple[str, int], str], int]:
-    """The header of a caption file, its captions by (split, index), how many of its bytes are whole lines.
-
-    A last line torn by a kill or a full disk doesn't count. SystemExit with one sentence for any other file.
-    """
+def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
+    """A caption file's header, and its captions by (split, index). SystemExit if it is no such file."""
     try:
-        raw = pathlib.Path(path).read_bytes()
+        *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError:
         sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
-    objects, whole = [], 0
+    if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
+        lines.append(last)
     try:
-        for line in raw.splitlines(keepends=True):
-            if line.strip():
-                try:
-                    objects.append(json.loads(line))
-                except ValueError:
-                    if line.endswith(b"\n"):
-                        raise
-                    break  # torn
-            whole += len(line)
-        header, *lines = objects
-        for key in ("captioner", "model", "dataset"):
-            header[key]
-        captions = {(line["split"], line["index"]): line["caption"] for line in lines}
+        header, *captions = [json.loads(line) for line in lines if line.strip()]
+        if not {"captioner", "model", "dataset"} <= set(header):
+            raise ValueError
+        return header, {(line["split"], line["index"]): line["caption"] for line in captions}
     except (ValueError, KeyError, TypeError):
-        sys.exit(
-            f"{path} is not a caption file: its lines must be JSON, first captioner, model and dataset, "
-            "then split, index and caption each"
-        )
-    return header, captions, whole
+        sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
 
-def captions_of(captions: dict[tuple[str, int], str], split: str, number: int) -> list[str]:
-    """The captions of the first `number` images of a split. Raises SystemExit where one is missing."""
-    missing = sum((split, i) not in captions for i in range(number))
-    if missing:
-        sys.exit(
-            f"the caption file lacks {missing} of {number} captions of the {split} split; "
-            "`python multimodal.py caption` goes on with it"
-        )
-    return [captions[split, i] for i in range(number)]
+def write_captions(path: pathlib.Path, header: dict, captions: dict) -> None:
+    """The inverse of read_captions, all or nothing."""
+    lines = [header] + [{"split": split, "index": i, "caption": c} for (split, i), c in captions.items()]
+    vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 SYNONYMS = {
@@ -293,57 +248,59 @@ SYNONYMS = {
 
 def named_class(caption: str, classes: list[str]) -> int:
     """The label of the first word that names a class, by itself or a synonym, or in plural; -1 if none."""
-    label = {}
-    for k, name in enumerate(classes):
-        for word in (name, *SYNONYMS.get(name, "").split()):
-            label |= {word: k, f"{word}s": k}
     for word in re.findall("[a-z]+", caption.lower()):
-        if word in label:
-            return label[word]
+        for label, name in enumerate(classes):
+            names = [name, *SYNONYMS.get(name, "").split()]
+            if word in names or word.removesuffix("s") in names:
+                return label
     return -1
 
 
-def small_blips(out: pathlib.Path) -> list[str]:
+def small_blips(out: str) -> list[str]:
     """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run, and finished."""
-    first = out / "tiny_blip_0.pt"
+    first = pathlib.Path(out, "tiny_blip_0.pt")
     settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
-    folders = [out / f"tiny_blip_{fold}" for fold in range(settings["folds"])]
+    folders = [f"{out}/tiny_blip_{fold}" for fold in range(settings["folds"])]
     for folder in folders:
-        state = vit.read_checkpoint(f"{folder}.pt") if (folder / "model.safetensors").exists() else None
-        if not state or state["optimizer"] or state["settings"] != settings:
+        written = pathlib.Path(folder, "model.safetensors").exists()
+        state = vit.read_checkpoint(f"{folder}.pt") if written else None
+        if not written or state["optimizer"] or state["settings"] != settings:
             sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` does it")
-    return [str(folder) for folder in folders]
+    return folders
 
 
-def begin_captions(path: pathlib.Path, header: dict, fresh: bool) -> dict[tuple[str, int], str]:
-    """The captions that the file has; it is made if there is none. SystemExit if it is another run's."""
-    if fresh or not path.exists():
-        vit.write_file(path, (json.dumps(header) + "\n").encode())
-    before, done, whole = read_captions(path)
+def choose_captioner(args) -> tuple[str, list[str], dict]:
+    """What its captions are called, the model of each fold, what the caption file's header says of it."""
+    if args.captioner == "blip":
+        return "captions_blip", [args.blip], {"model": args.blip, "revision": args.revision}
+    models = small_blips(args.out)
+    weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
+    about = {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
+    if args.seen:
+        return "captions_tiny_seen", models[1:] + models[:1], about
+    return "captions_tiny", models, about
+
+
+def captions_before(path: pathlib.Path, header: dict) -> dict:
+    """The captions in the file, to go on with; SystemExit where it was made otherwise than `header` says."""
+    before, captions = read_captions(path)
     for key, value in header.items():
         if before.get(key) != value:
-            sys.exit(
-                f"{path} was made with another {key.replace('_', '-')}: {before.get(key)}, not {value}; "
-                "add --fresh to start over, or choose another --name"
-            )
-    with open(path, "rb+") as file:
-        file.truncate(whole)  # drops a torn last line
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":  # an editor may have left it out
-            file.write(b"\n")
-    return done
+            made = f"{path} was made with another {key}: {before.get(key)}, not {value}"
+            sys.exit(f"{made}; add --fresh to start over, or choose another --name")
+    return captions
 
 
-def append_captions(path: pathlib.Path, split: str, captions: dict[int, str]) -> None:
-    """Add captions by index to the file and see them on disk; on a full disk one sentence."""
-    lines = [json.dumps({"split": split, "index": i, "caption": c}) + "\n" for i, c in captions.items()]
-    try:
-        with open(path, "a") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        sys.exit(f"can't write {path}: {error.strerror}; free some space, then type the same command")
+def captions_left(captions: dict, split: str, number: int, models: list[str], batch: int) -> list[tuple]:
+    """What is left to do of a split: pairs of a model and the indices of the images that it captions at once.
+
+    Of k models the first captions images 0, k, 2k, ..., the second 1, k + 1, 2k + 1, ..., and so on.
+    """
+    left = []
+    for fold, model in enumerate(models):
+        index = [i for i in range(fold, number, len(models)) if (split, i) not in captions]
+        left += [(model, index[i : i + batch]) for i in range(0, len(index), batch)]
+    return left
 
 
 def caption(args: argparse.Namespace) -> None:
@@ -354,47 +311,38 @@ def caption(args: argparse.Namespace) -> None:
     """
     if args.seen and args.captioner == "blip":
         sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
-    machine, out = vit.Machine(args.device, args.precision, args.seed), pathlib.Path(args.out)
-    about = data.source(args.data)
-    header = {"captioner": args.captioner, "dataset": about.name}
-    header |= {"beams": args.beams, "max_new_tokens": args.max_new_tokens}
-    if args.captioner == "tiny":
-        models = small_blips(out)
-        weights = vit.fingerprint(*(f"{folder}/model.safetensors" for folder in models))
-        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
-    else:
-        models = [args.blip]
-        header |= {"model": args.blip, "revision": args.revision}
-    path = out / f"{args.name or 'captions_' + args.captioner + ('_seen' if args.seen else '')}.jsonl"
-    loaded = {}  # model -> (model, processor), when it is needed
-    if args.fresh or not path.exists():
-        # before an earlier file is given up
-        loaded[models[0]] = load_blip(models[0], args.revision, machine.device)
-    done = begin_captions(path, header, args.fresh)
+    machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
+    name, models, chosen = choose_captioner(args)
+    name = args.name or name
+    path = pathlib.Path(args.out, f"{name}.jsonl")
+    header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
+    header |= {"max_new_tokens": args.max_new_tokens} | chosen
+    captions = captions_before(path, header) if path.exists() and not args.fresh else {}
 
-    row = {}
-    for split in SPLITS:
+    load = functools.cache(load_blip)  # once each, when it is needed
+    row, saved = {}, time.perf_counter()
+    for split in ("train", "validation", "test"):
         images, labels = data.load(args.data, split, limit=args.limit)
-        progress = vit.Progress(f"{split} captions", len(images))
-        for fold in range(len(models)):
-            model_name = models[(fold + args.seen) % len(models)]
-            index = torch.arange(fold, len(images), len(models))  # the fold's images
-            for batch in index.split(args.batch):
-                if any((split, i) not in done for i in batch.tolist()):
-                    if model_name not in loaded:
-                        loaded[model_name] = load_blip(model_name, args.revision, machine.device)
-                    x = images[batch].to(machine.device)
-                    written = write_captions(*loaded[model_name], x, args.beams, args.max_new_tokens, machine)
-                    new = {i: c for i, c in zip(batch.tolist(), written) if (split, i) not in done}
-                    append_captions(path, split, new)
-                    done |= {(split, i): c for i, c in new.items()}
-                progress.advance(len(batch))
-        named = torch.tensor([named_class(c, about.classes) for c in captions_of(done, split, len(labels))])
+        left = captions_left(captions, split, len(images), models, args.batch)
+        progress = vit.Progress(f"{split} captions", sum(len(index) for _, index in left))
+        for model_name, index in left:
+            model, processor = load(model_name, args.revision, machine.device)
+            x = images[index].to(machine.device)
+            found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
+            captions |= {(split, i): text for i, text in zip(index, found)}
+            progress.advance(len(index))
+            if time.perf_counter() - saved > 10:  # seconds: no accident costs more
+                write_captions(path, header, captions)
+                saved = time.perf_counter()
+        if left:
+            write_captions(path, header, captions)
         if split in ("train", "validation", args.split):  # test: only if asked
+            named = [named_class(captions[split, i], about.classes) for i in range(len(labels))]
+            named = torch.tensor(named)  # [n]
             row[f"{split}_right"] = (named == labels).float().mean().item()
             row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
     row |= {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
-    vit.record(args, path.stem, machine, about, value=row[f"{args.split}_right"], **row)
+    vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -404,10 +352,7 @@ def caption(args: argparse.Namespace) -> None:
 
 def load_clip(name: str, weights: str | None):
     """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or
-    "local-dir:FOLDER".
-
-    Raises SystemExit with one sentence when it can't be had.
-    """
+    "local-dir:FOLDER". Raises SystemExit with one sentence when it can't be had."""
     import open_clip
 
     quiet()
@@ -416,53 +361,54 @@ def load_clip(name: str, weights: str | None):
         model = open_clip.create_model(name, None if local else weights, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # offline, no such model or file, not weights: open_clip raises many kinds
-        advice = "name a file with --clip-weights"
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
-        if hub:
-            fetch = f"hf download {hub} --include 'open_clip*'"
-            advice = f"where there is a network, `{fetch}` fetches it (into HF_HOME); or {advice}"
+        advice = "name a file with --clip-weights"
         if local:
             advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip"
-        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
-    if not torch.is_tensor(getattr(model, "text_projection", None)):
+        elif hub:
+            advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
+        why = str(error).strip().partition("\n")[0]
+        sys.exit(f"can't load the CLIP {name} with weights {weights} ({why}); {advice}")
+    if not (torch.is_tensor(getattr(model, "text_projection", None)) and hasattr(tokenizer, "decode")):
         sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose another --clip")
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
-def embed_words(model, tokenizer, captions: list[str]) -> list[torch.Tensor]:
-    """Each caption's words in CLIP's joint space, one [L, E] per caption, unit rows. The last row, the
-    end-of-text token's, is what CLIP itself uses for the whole caption: its encode_text."""
-    # [u, context length], padded with zeros behind the end-of-text token, the largest number
-    tokens = tokenizer(captions)
-    length = tokens.argmax(dim=1) + 1
-    tokens = tokens.to(next(model.parameters()).device)
-    found = []
-    # [u, context length, width]
-    handle = model.ln_final.register_forward_hook(lambda _, __, states: found.append(states))
-    model.encode_text(tokens)
+def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, Tensor]]:
+    """What CLIP makes of a caption: its L words as CLIP reads them, joined by spaces, and a unit vector for
+    each in CLIP's joint space, [L, E]. The last, the end-of-text token's, is what CLIP itself takes for the
+    whole caption (its encode_text)."""
+    tokens = tokenizer(captions)  # [u, context length], padded with zeros behind the end-of-text token,
+    length = tokens.argmax(dim=1) + 1  # which is the largest number
+    seen = []
+    handle = model.ln_final.register_forward_hook(lambda _, __, states: seen.append(states))
+    model.encode_text(tokens.to(next(model.parameters()).device))
     handle.remove()
-    states = F.normalize(found[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
-    return [s[:n].cpu() for s, n in zip(states, length.tolist())]
+    states = F.normalize(seen[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
+    found = {}
+    for caption, ids, state, n in zip(captions, tokens.tolist(), states.cpu(), length.tolist()):
+        words = [tokenizer.decode([i]).strip() for i in ids[1 : n - 1]]
+        found[caption] = (" ".join(["<start>", *words, "<end>"]), state[:n])
+    return found
 
 
 def embed(args: argparse.Namespace) -> None:
     """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE.npz."""
-    header, captions, _ = read_captions(args.captions)
-    own = f"local-dir:{pathlib.Path(args.out) / 'tiny_clip'}"
+    header, captions = read_captions(args.captions)
+    own = f"local-dir:{args.out}/tiny_clip"
     name = args.clip or (own if header["captioner"] == "tiny" else CLIP[0])
     folder = pathlib.Path(name.removeprefix("local-dir:"))
-    used = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
+    clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     if folder.is_dir():
-        used = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
-    path = embeddings_path(args.out, args.captions)
-    known, states, words, before = read_embeddings(path)
-    if before != used:
-        known, states, words = {}, [], []
-    new = [c for c in dict.fromkeys(captions.values()) if c not in known]
-    print(
-        f"{len(captions):,} captions, {len(known) + len(new):,} distinct, {len(new):,} to embed with {name}"
-    )
+        clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
+    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
+    before, embedded = read_embeddings(path)
+    if before != clip:
+        embedded = {}
+    new = [c for c in dict.fromkeys(captions.values()) if c not in embedded]
+    total = len(embedded) + len(new)
+    print(f"{len(captions):,} captions, {total:,} distinct, {len(new):,} to embed with {name}")
     if not new:
         return
     machine = vit.Machine(args.device, "float32", args.seed)
@@ -471,46 +417,25 @@ def embed(args: argparse.Namespace) -> None:
     model.to(machine.device)
     progress = vit.Progress("captions embedded", len(new))
     for i in range(0, len(new), 256):
-        states += embed_words(model, tokenizer, new[i : i + 256])
+        embedded |= embed_words(model, tokenizer, new[i : i + 256])
         progress.advance(len(new[i : i + 256]))
-    arrays = {
-        "used": used,
-        "captions": [*known, *new],
-        "words": words + spelled(new, tokenizer.context_length),
-    }
+    words, states = zip(*embedded.values())
+    arrays = {"used": clip, "captions": list(embedded), "words": words}
     arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
     vit.write_arrays(path, **arrays)
     print(f"wrote {path}")
 
 
-def spelled(captions: list[str], longest: int) -> list[str]:
-    """Captions as CLIP's text tower reads them: their tokens, `longest` at most, joined by spaces."""
-    from open_clip import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer()
-    found = []
-    for caption in captions:
-        tokens = tokenizer.encode(caption)[: longest - 2]
-        found.append(" ".join(["<start>", *(tokenizer.decode([t]).strip() for t in tokens), "<end>"]))
-    return found
-
-
-def embeddings_path(out: str, captions: str) -> pathlib.Path:
-    """Where the embeddings of a caption file lie."""
-    return (pathlib.Path(out) / pathlib.Path(captions).name).with_suffix(".npz")
-
-
-def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tensor], list[str], str]:
-    """Caption -> its place in the two lists that follow: [L, E] float16 tensors, and the L words as CLIP
-    reads them, joined by spaces; last, which CLIP made them. Empty where there is no file."""
+def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tensor]]]:
+    """Which CLIP made them, and what embed_words found, in float16; empty where there is no file."""
     import numpy
 
     stored = numpy.load(path) if path.exists() else {}
     if "words" not in stored:  # no file, or one of an earlier version
-        return {}, [], [], ""
+        return "", {}
     states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
-    place = {caption: i for i, caption in enumerate(stored["captions"].tolist())}
-    return place, list(states), stored["words"].tolist(), stored["used"].item()
+    captions, words = stored["captions"].tolist(), stored["words"].tolist()
+    return stored["used"].item(), dict(zip(captions, zip(words, states)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -522,14 +447,13 @@ def read_embeddings(path: pathlib.Path) -> tuple[dict[str, int], list[torch.Tens
 # captions would learn to copy the class word, which is right there and often wrong on new images. So the
 # training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
 # f: no image is captioned by a model that has seen it. (The real BLIP learned from captions of web images and
-# of COCO. It may have met the originals of some of CIFAR-10's images there, which come from the web, too;
-# their CIFAR-10 labels it has not seen.)
-# ------------------------------------------------------------------------------------------------------------
+# of COCO. It may have met the originals of some of CIFAR-10's images there; their labels it has not seen.)
+# ---------------------------------------------------------------------------------------------------------
 
 HUES = "red yellow green cyan blue purple".split()
 
 
-def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> list[str]:
+def sentences(images: Tensor, labels: Tensor, classes: list[str]) -> list[str]:
     """One sentence an image, "the cat on dark green far away": the class from the label, the rest measured.
     images: uint8 [n, 3, S, S], labels [n].
 
@@ -543,15 +467,14 @@ def sentences(images: torch.Tensor, labels: torch.Tensor, classes: list[str]) ->
     ground = x[:, :, rim].mean(dim=2)  # [n, 3]
     close = ((x - ground[:, :, None, None]).abs().mean(dim=1) > 0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
     bright = ground.mean(dim=1) > 0.5  # [n]
-    spread = ground.amax(dim=1) - ground.amin(dim=1)  # [n]
+    grey = ground.amax(dim=1) - ground.amin(dim=1) <= 0.06  # [n]
     r, g, b = ground.unbind(dim=1)
     angle = torch.atan2(3**0.5 * (g - b), 2 * r - g - b)  # [n], of the colour circle, in radians
     hue = (angle / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
     found = []
-    measured = (labels, bright, hue, spread, close)
-    for k, is_bright, h, s, is_close in zip(*[values.tolist() for values in measured]):
+    for k, h, is_grey, is_bright, is_close in torch.stack([labels, hue, grey, bright, close], 1).tolist():
+        colour = "grey" if is_grey else HUES[h]
         light = "bright" if is_bright else "dark"
-        colour = HUES[h] if s > 0.06 else "grey"
         distance = "close up" if is_close else "far away"
         found.append(f"the {classes[k]} on {light} {colour} {distance}")
     return found
@@ -565,43 +488,33 @@ def small_blip(encoder: vit.ViT, classes: list[str], size: int):
     image each, so it sees details that our 16 patches blur, and errs elsewhere than the image model. The
     encoder can start from there, best after InfoNCE, whose crops were enlarged, too.
     """
-    from transformers import (
-        BertTokenizer,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessor,
-        BlipProcessor,
-    )
+    import transformers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     words = ["the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
-    at = {word: i for i, word in enumerate(special + words)}
-    config = encoder.config
-    both = {"hidden_size": config["dim"], "intermediate_size": 4 * config["dim"]}
-    both |= {"num_attention_heads": config["heads"]}
-    image = both | {
-        "image_size": size,
-        "patch_size": config["patch_size"],
-        "num_hidden_layers": config["depth"],
-    }
-    text = both | {"vocab_size": len(at), "num_hidden_layers": 2, "encoder_hidden_size": config["dim"]}
-    text |= {"max_position_embeddings": 16, "bos_token_id": at["[DEC]"], "eos_token_id": at["[SEP]"]}
-    text |= {"sep_token_id": at["[SEP]"], "pad_token_id": at["[PAD]"]}
-    model = BlipForConditionalGeneration(BlipConfig(vision_config=image, text_config=text))
+    number = {word: i for i, word in enumerate(special + words)}
+    ours = encoder.config
+    both = {"hidden_size": ours["dim"], "intermediate_size": 4 * ours["dim"]}
+    both |= {"num_attention_heads": ours["heads"]}
+    image = {"image_size": size, "patch_size": ours["patch_size"], "num_hidden_layers": ours["depth"]}
+    text = {"vocab_size": len(number), "num_hidden_layers": 2, "encoder_hidden_size": ours["dim"]}
+    text |= {"max_position_embeddings": 16, "bos_token_id": number["[DEC]"], "pad_token_id": number["[PAD]"]}
+    text |= {"eos_token_id": number["[SEP]"], "sep_token_id": number["[SEP]"]}
+    config = transformers.BlipConfig(vision_config=both | image, text_config=both | text)
+    model = transformers.BlipForConditionalGeneration(config)
     copy_encoder(encoder, model.vision_model)
 
-    square, standard = {"height": size, "width": size}, {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    images = BlipImageProcessor(size=square, **standard)  # as vit.standardise
-    return model, BlipProcessor(images, BertTokenizer(vocab=at, bos_token="[DEC]"))
+    look = {"size": {"height": size, "width": size}}
+    look |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # as vit.standardise
+    tokenizer = transformers.BertTokenizer(vocab=number, bos_token="[DEC]")
+    return model, transformers.BlipProcessor(transformers.BlipImageProcessor(**look), tokenizer)
 
 
 @torch.no_grad()
 def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     """Copy our encoder into BLIP's image tower, whose images may be larger: positions are interpolated."""
-    pairs = [
-        (encoder.patch_embedding, tower.embeddings.patch_embedding),
-        (encoder.norm, tower.post_layernorm),
-    ]
+    ends = tower.embeddings
+    pairs = [(encoder.patch_embedding, ends.patch_embedding), (encoder.norm, tower.post_layernorm)]
     for ours, theirs in zip(encoder.blocks, tower.encoder.layers):
         pairs += [(ours.norm1, theirs.layer_norm1), (ours.attn.qkv, theirs.self_attn.qkv)]
         pairs += [(ours.attn.proj, theirs.self_attn.projection), (ours.norm2, theirs.layer_norm2)]
@@ -609,23 +522,16 @@ def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     for ours, theirs in pairs:
         theirs.load_state_dict(ours.state_dict())
     side = encoder.config["image_size"] // encoder.config["patch_size"]
-    new_side = int((tower.embeddings.position_embedding.shape[1] - 1) ** 0.5)
+    new_side = int((ends.position_embedding.shape[1] - 1) ** 0.5)
     cls, grid = encoder.positions[:, :1], encoder.positions[:, 1:]  # [1, 1, D], [1, N, D]
     grid = grid.transpose(1, 2).unflatten(2, (side, side))  # [1, D, side, side]
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic")
     grid = grid.flatten(2).transpose(1, 2)  # [1, new N, D]
-    tower.embeddings.position_embedding.copy_(torch.cat([cls, grid], dim=1))
-    tower.embeddings.class_embedding.copy_(encoder.cls)
+    ends.position_embedding.copy_(torch.cat([cls, grid], dim=1))
+    ends.class_embedding.copy_(encoder.cls)
 
 
-def train_small_blip(
-    args: argparse.Namespace,
-    fold: int,
-    encoder: vit.ViT,
-    images: torch.Tensor,
-    truth: list[str],
-    machine: vit.Machine,
-) -> None:
+def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: list[str], machine) -> None:
     """Train one fold's captioner on the images of all other folds; writes the folder out/tiny_blip_FOLD."""
     classes = data.source(args.data).classes
     model, processor = small_blip(encoder, classes, args.enlarge)
@@ -636,7 +542,7 @@ def train_small_blip(
     ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     ids = ids.to(machine.device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
-    weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)
+    weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)  # [V], V words in all
     weight[-len(classes) :] = 8.0  # the one word that is hard to find
     others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
 
@@ -647,11 +553,10 @@ def train_small_blip(
             index = others[i]  # [B]
             x = data.crop_flip(images[index], run.generator)  # [B, 3, S, S]
             x, words = vit.share(x), vit.share(ids[index])  # words: [B, L + 2]
-            # the processor takes pixels of 0 to 255
-            pixels = pixel_values(processor, (255 * x).round().byte())
+            pixels = pixel_values(processor, (255 * x).round().byte())  # [B, 3, S', S']
             with machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
-            guess = logits[:, :-1]  # [B, L + 1, V], V words in the vocabulary
+            guess = logits[:, :-1]  # [B, L + 1, V]
             target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
@@ -664,13 +569,8 @@ def train_small_blip(
         run.save()
     if vit.RANK > 0:
         return
-    try:
-        model.save_pretrained(pathlib.Path(args.out) / f"tiny_blip_{fold}")
-        processor.save_pretrained(pathlib.Path(args.out) / f"tiny_blip_{fold}")
-    except Exception as error:  # a full disk; the library raises several kinds
-        sys.exit(
-            f"can't write tiny_blip_{fold} ({first_line(error)}); free some space, then type the same command"
-        )
+    for part in (model, processor):
+        part.save_pretrained(f"{args.out}/tiny_blip_{fold}")
 
 
 SMALL_CLIP = {
@@ -680,9 +580,7 @@ SMALL_CLIP = {
 }
 
 
-def train_small_clip(
-    args: argparse.Namespace, encoder: vit.ViT, images: torch.Tensor, truth: list[str], machine: vit.Machine
-) -> None:
+def train_small_clip(args, encoder: vit.ViT, images: Tensor, truth: list[str], machine: vit.Machine) -> None:
     """Train a small CLIP on images and sentences, for one epoch; writes the folder out/tiny_clip."""
     import open_clip  # only here: it takes seconds
 
@@ -708,7 +606,7 @@ def train_small_clip(
             run.optimizer.zero_grad()
             run.log(loss=loss)
         run.save()
-    folder = pathlib.Path(args.out) / "tiny_clip"
+    folder = pathlib.Path(args.out, "tiny_clip")
     vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
     vit.write_tensors(folder / "open_clip_pytorch_model.bin", model.state_dict())
 
@@ -717,22 +615,17 @@ def tiny(args: argparse.Namespace) -> None:
     """Train a small BLIP for each fold, and a small CLIP; write folders for load_blip and load_clip."""
     quiet()
     if args.folds < 2:
-        sys.exit(
-            "--folds must be at least 2, or every image would be captioned by a model that has seen its label"
-        )
+        sys.exit("--folds must be at least 2: an image's captioner must not have seen its label")
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
+    patch = encoder.config["patch_size"]
     if encoder.config["stem"]:
-        sys.exit(
-            f"{args.checkpoint} was made with --stem, which BLIP's image tower has not; choose one without"
-        )
-    if args.enlarge % encoder.config["patch_size"]:
-        sys.exit(
-            f"--enlarge {args.enlarge} is not a whole number of {encoder.config['patch_size']}-pixel patches"
-        )
+        sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not; choose another")
+    if args.enlarge % patch:
+        sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
     truth = sentences(images, labels, data.source(args.data).classes)
     for fold in range(args.folds):
         train_small_blip(args, fold, encoder, images, truth, machine)
@@ -744,120 +637,104 @@ def tiny(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Text:
-    """The captions that a split's images get, and their embeddings, on the device.
+class Captioned(NamedTuple):
+    """A split on the device: its images with their labels, and the embeddings of their captions."""
 
-    text(index [B]) -> embeddings [B, L, E], which of the L are words [B, L]; what Fusion.forward takes.
-    """
+    images: Tensor  # uint8 [n, 3, S, S]
+    labels: Tensor  # [n]
+    which: Tensor  # [n], the number of each image's caption in the two tables that follow
+    states: Tensor  # [U, L, E]
+    is_word: Tensor  # [U, L], False where there is only padding
 
-    def __init__(
-        self, captions: list[str], place: dict[str, int], states: torch.Tensor, is_word: torch.Tensor
-    ):
-        """place: caption -> its row in states [U, L, E] and is_word [U, L]."""
-        self.captions, self.states, self.is_word = captions, states, is_word
-        self.at = torch.tensor([place[caption] for caption in captions], device=states.device)  # [n]
-
-    def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.at[index]  # [B]
-        return self.states[rows].float(), self.is_word[rows]
+    def text(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What Fusion reads beside the images at `index` [B]: [B, L, E] and [B, L]."""
+        which = self.which[index]  # [B]
+        return self.states[which].float(), self.is_word[which]
 
 
-def no_text(index: torch.Tensor) -> tuple[None, None]:
-    """In place of a Text, for the control that sees the image only."""
-    return None, None
+def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -> dict[str, Captioned]:
+    """The splits that `fuse` needs, by name. SystemExit where an image has no caption."""
+    number = {caption: i for i, caption in enumerate(embedded)}
+    states = [state for _, state in embedded.values()]
+    if args.text == "pooled":  # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
+        states = [s[-1:] for s in states]
+    length = torch.tensor([len(s) for s in states])
+    states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
+    is_word = (torch.arange(states.shape[1]) < length[:, None]).to(device)  # [U, L]
+    found = {}
+    for split in ("train", "validation", args.split):
+        images, labels = data.load(args.data, split, device, args.limit)
+        if any((split, i) not in captions for i in range(len(images))):
+            sys.exit(
+                f"{args.captions} lacks {split} captions; `python multimodal.py caption` goes on with it"
+            )
+        which = [number[captions[split, i]] for i in range(len(images))]
+        found[split] = Captioned(images, labels, torch.tensor(which, device=device), states, is_word)
+    return found
 
 
 def fuse(args: argparse.Namespace) -> None:
     """Fine-tune the video model with the cross-attention block, and train its controls, a row apiece."""
-    header, captions, _ = read_captions(args.captions)
+    header, captions = read_captions(args.captions)
     about = data.source(args.data)
     if header["dataset"] != about.name:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
-    place, states, words, clip = read_embeddings(embeddings_path(args.out, args.captions))
-    if not states or set(captions.values()) - place.keys():
-        sys.exit(
-            "not all of these captions are embedded; "
-            f"`python multimodal.py embed --captions {args.captions} --out {args.out}` does it"
-        )
-    start = args.checkpoint or str(pathlib.Path(args.out) / f"video_encoder_{args.blocks}.pt")
+    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
+    clip, embedded = read_embeddings(path)
+    if not embedded or not embedded.keys() >= set(captions.values()):
+        command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
+        sys.exit(f"not all of these captions are embedded; `{command}` does it")
+    start = args.checkpoint or f"{args.out}/video_encoder_{args.blocks}.pt"
     base = video.load_video(start)
-    blocks = len(base.blocks)
     machine = vit.Machine(args.device, args.precision, args.seed)
-    if args.text == "pooled":
-        # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
-        states = [s[-1:] for s in states]
-    length = torch.tensor([len(s) for s in states])
-    padded = nn.utils.rnn.pad_sequence(states, batch_first=True).to(machine.device)  # [U, L, E]
-    is_word = (torch.arange(padded.shape[1]) < length[:, None]).to(machine.device)  # [U, L]
-    splits = {}
-    for split in ("train", "validation", args.split):
-        splits[split] = data.load(args.data, split, machine.device, args.limit)
+    splits = load_captioned(args, captions, embedded, machine.device)
+    # what also makes it another run: whose embeddings, and the start
+    also = {"clip": clip, "blocks": len(base.blocks), "checkpoint": vit.fingerprint(start)}
+    stem = f"fusion_{header['captioner']}"
+    stem += "_1" if len(base.blocks) == 1 else ""
+    stem += "_seen" if header.get("seen") else ""
+    stem += "_tokens" if args.text == "tokens" else ""
 
     for control in args.control:
-        texts = {}
-        for split, (images, _) in splits.items():
-            own = captions_of(captions, split, len(images))
-            if control == "shuffled":
-                own = own[1:] + own[:1]  # every image gets its neighbour's; neighbours have nothing in common
-            texts[split] = Text(own, place, padded, is_word)
-        variant = ["fusion", header["captioner"]]
-        variant += ["1"] if blocks == 1 else []
-        variant += ["seen"] if header.get("seen") else []
-        variant += ["tokens"] if args.text == "tokens" else []
-        variant += [control] if control != "none" else []
-        name = args.name or "_".join(variant)
-        # what also makes it another run: the control, whose embeddings, the start's weights
-        also = {"control": None if control == "none" else control, "clip": clip, "blocks": blocks}
-        also |= {"checkpoint": vit.fingerprint(start)}
-        about_row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
-
-        # what the model reads beside the images
-        inputs = dict.fromkeys(texts, no_text) if control == "image_only" else texts
-        # without the image nothing could tell what CutMix has mixed in
-        cutmix = 0.0 if control == "text_only" else args.cutmix
+        name = args.name or (stem if control == "none" else f"{stem}_{control}")
+        also["control"] = None if control == "none" else control
+        own = splits
+        if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
+            own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        model = Fusion(copy.deepcopy(base), padded.shape[2], image=control != "text_only").to(machine.device)
-        run = train_fusion(args, name, model, splits, inputs, cutmix, also, machine)
+        text_dim = own["train"].states.shape[2]
+        model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
+        model.to(machine.device)
+        run = train_fusion(args, name, model, own["train"], own["validation"], also, machine)
         if vit.measured(args, name, run.path):
             continue
-        images, labels = splits[args.split]
-        logits = predict(model, images, inputs[args.split], machine)
-        arrays = {"guess": logits.argmax(1), "labels": labels}
-        arrays |= shown_in_figures(images, labels, texts[args.split])
-        if args.text == "tokens" and control != "image_only":
-            arrays |= attention_to_words(model, images[arrays["shown"]], texts[args.split](arrays["shown"]))
-            arrays |= {"words": [words[place[caption]] for caption in arrays["captions"]]}
+        judged = own[args.split]
+        logits = predict(model, judged, machine)
+        arrays = for_figures(model, judged, logits, embedded, args.text == "tokens")
         vit.write_arrays(vit.arrays_path(args, name), **arrays)
-        row = about_row | {"report": REPORTED.get(name)} | run.summary()
-        vit.record(args, name, machine, about, value=vit.accuracy(logits, labels), **row)
+        row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
+        row |= {"report": REPORTED.get(name)} | run.summary()
+        vit.record(args, name, machine, about, value=vit.accuracy(logits, judged.labels), **row)
 
 
-def train_fusion(
-    args: argparse.Namespace,
-    name: str,
-    model: Fusion,
-    splits: dict,
-    inputs: dict,
-    cutmix: float,
-    also: dict,
-    machine: vit.Machine,
-) -> vit.Run:
-    """Train one row of `fuse`; by split: `splits` images and labels, `inputs` a Text or no_text."""
-    (images, labels), (validation, truth) = splits["train"], splits["validation"]
-    text = inputs["train"]
+def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, also, machine):
+    """Train one row of `fuse` -> its vit.Run. `also`: settings that are no options."""
+    # without the image nothing could tell what CutMix has mixed in
+    cutmix = args.cutmix if model.cls is None else 0.0
     parallel = vit.data_parallel(model, some_idle=True)
 
-    run = vit.Run(args, name, model, machine, None, len(images) // args.batch, also)
+    run = vit.Run(args, name, model, machine, None, len(train.images) // args.batch, also)
     for _ in range(run.epoch, args.epochs):
         model.train()
-        for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            x, y = data.crop_flip(images[index], run.generator), labels[index]  # [B, 3, S, S], [B]
+        for index in data.shuffled_batches(len(train.images), args.batch, run.generator):
+            x = data.crop_flip(train.images[index], run.generator)  # [B, 3, S, S]
+            y = train.labels[index]  # [B]
             x, other, kept = data.cutmix(x, y, run.generator, cutmix)  # a mixed image keeps its own caption
             x, y, other, index = vit.share(x), vit.share(y), vit.share(other), vit.share(index)
             with machine.autocast():
-                logits = parallel(x, *text(index))  # [B, K]
+                logits = parallel(x, *train.text(index))  # [B, K]
             loss = data.cutmix_loss(logits, y, other, kept, args.smoothing)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -865,68 +742,56 @@ def train_fusion(
             run.optimizer.step()
             run.optimizer.zero_grad()
             run.log(loss=loss, train=data.cutmix_accuracy(logits, y, other, kept))
-        run.save(validation=vit.accuracy(predict(model, validation, inputs["validation"], machine), truth))
+        run.save(validation=vit.accuracy(predict(model, validation, machine), validation.labels))
     return run
 
 
-def predict(model: Fusion, images: torch.Tensor, text, machine: vit.Machine) -> torch.Tensor:
-    """Class logits [n, K], float32, of static videos of uint8 images [n, 3, S, S]; text: Text or no_text."""
+def predict(model: Fusion, split: Captioned, machine: vit.Machine) -> Tensor:
+    """Class logits [n, K], float32, of a split's images as static videos."""
     model.eval()
     logits = []
-    for index in torch.arange(len(images), device=images.device).split(machine.eval_batch):
+    for index in torch.arange(len(split.images), device=machine.device).split(machine.eval_batch):
         with torch.no_grad(), machine.autocast():
-            logits.append(model(images[index].float() / 255, *text(index)).float())
+            logits.append(model(split.images[index].float() / 255, *split.text(index)).float())
     return torch.cat(logits)
 
 
-def shown_in_figures(images: torch.Tensor, labels: torch.Tensor, text: Text) -> dict:
-    """The first two images of each class, and the captions that the model reads with them."""
-    shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])
-    return {"shown": shown, "images": images[shown], "captions": [text.captions[i] for i in shown.tolist()]}
-
-
-def attention_to_words(model: Fusion, images: torch.Tensor, text: tuple) -> dict:
-    """How the query of each image [n, 3, S, S] weighs its caption's words: [n, L], the mean of the heads."""
-    trace = []
-    with torch.no_grad():
-        model(images.float() / 255, *text, trace)
-    return {"weights": trace[0].mean(dim=1)[:, 0]}  # [n, H, 1, L] -> [n, L]
+@torch.no_grad()
+def for_figures(model: Fusion, split: Captioned, logits: Tensor, embedded: dict, tokens: bool) -> dict:
+    """The answers to all images [n]; of the first two of each class the captions, and with `tokens` the
+    attention to their words."""
+    shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [m]
+    known, images = list(embedded), split.images[shown]
+    captions = [known[i] for i in split.which[shown].tolist()]
+    arrays = {"guess": logits.argmax(1), "labels": split.labels}
+    arrays |= {"shown": shown, "images": images, "captions": captions}
+    if tokens and model.sees_text:
+        trace = []
+        model(images.float() / 255, *split.text(shown), trace)
+        weights = trace[0].mean(dim=1)[:, 0]  # [m, H, 1, L] -> [m, L], the mean of the heads
+        arrays |= {"weights": weights, "words": [embedded[caption][0] for caption in captions]}
+    return arrays
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw, common = argparse.RawDescriptionHelpFormatter, vit.common_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
-    common = vit.common_arguments()
 
     training = vit.training_arguments(epochs=15, lr=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
-    add(
-        "--folds",
-        type=int,
-        default=2,
-        help="parts of the images, a small BLIP for each (default: %(default)s)",
-    )
+    add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
     add("--enlarge", type=int, default=48, help="pixels to which images are enlarged (default: %(default)s)")
     add("--frozen", type=int, help="blocks of the image tower that are not trained (default: none)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common], help="caption every image")
     add = p.add_argument
-    add(
-        "--captioner",
-        choices=["blip", "tiny"],
-        required=True,
-        help="the real one, or the small one trained here",
-    )
-    add(
-        "--blip",
-        default="Salesforce/blip-image-captioning-base",
-        help="model id or folder (default: %(default)s)",
-    )
+    add("--captioner", choices=["blip", "tiny"], required=True, help="the real one, or the one trained here")
+    blip = "Salesforce/blip-image-captioning-base"
+    add("--blip", default=blip, help="model id or folder (default: %(default)s)")
     add("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
     add("--seen", action="store_true", help="tiny: use models that have seen the training images' labels")
     add("--beams", type=int, default=1, help="of beam search (default: 1, greedy)")
@@ -938,10 +803,7 @@ def main() -> None:
     p = stages.add_parser("embed", parents=[common], help="embed the distinct captions of a file")
     add = p.add_argument
     add("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
-    add(
-        "--clip",
-        help='open_clip architecture, or "local-dir:FOLDER" (default: ViT-B-32; tiny: the small one)',
-    )
+    add("--clip", help='architecture or "local-dir:FOLDER" (default: ViT-B-32; for tiny the small one)')
     add("--clip-weights", default=CLIP[1], help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
@@ -953,13 +815,7 @@ def main() -> None:
     add("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
     add("--text", choices=["pooled", "tokens"], default="pooled", help="a vector a caption, or a word")
     controls = ["none", "image_only", "text_only", "shuffled"]
-    add(
-        "--control",
-        choices=controls,
-        nargs="+",
-        default=["none"],
-        help="what to leave out or mix up; each is a row",
-    )
+    add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
     add("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)

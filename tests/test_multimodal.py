@@ -2,9 +2,8 @@
 commands."""
 
 import argparse
-import errno
+import itertools
 import json
-import os
 import pathlib
 import shutil
 
@@ -38,8 +37,8 @@ def randomise(model):
     return model.eval()
 
 
-def small_fusion(image=True):
-    return multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=D, depth=2), 1, F), E, image)
+def small_fusion(**sees):
+    return multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=D, depth=2), 1, F), E, **sees)
 
 
 def torch_attention(ours):
@@ -119,7 +118,9 @@ def test_the_controls_see_only_what_they_should():
     assert not torch.allclose(both(images, text), both(images.flip(0), text))
     torch.testing.assert_close(text_only(images, text), text_only(images.flip(0), text))
     assert not torch.allclose(text_only(images, text), text_only(images, text.flip(0)))
-    assert not torch.allclose(both(images), both(images, text))  # the gate closed
+    image_only = randomise(small_fusion(text=False))
+    assert torch.equal(image_only(images, text), image_only(images, text.flip(0)))
+    assert not torch.allclose(image_only(images, text), image_only(images.flip(0), text))
 
 
 def test_the_text_is_let_in_by_training():
@@ -177,14 +178,7 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
         '{"split": "train", "ind',
     ]
     path.write_text("\n".join(lines))
-    header, captions, whole = multimodal.read_captions(path)
-    assert (
-        header == about
-        and captions == {("train", 0): "a \u00e9l\u00e9phant"}
-        and whole == len("\n".join(lines[:2])) + 1
-    )
-    with pytest.raises(SystemExit, match="lacks 1 of 2 captions"):
-        multimodal.captions_of(captions, "train", 2)
+    assert multimodal.read_captions(path) == (about, {("train", 0): "a \u00e9l\u00e9phant"})
     for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
         path.write_text(content)
         with pytest.raises(SystemExit, match="is not a caption file"):
@@ -195,14 +189,24 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
 
 def test_a_caption_file_from_an_editor_keeps_its_last_caption_and_may_have_blank_lines(tmp_path):
     path, about = tmp_path / "captions.jsonl", {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    lines = [about, *({"split": "train", "index": i, "caption": f"caption {i}"} for i in range(2))]
-    path.write_text("\n".join(map(json.dumps, lines)))  # no newline at the end
-    assert multimodal.begin_captions(path, about, fresh=False) == {
-        ("train", i): f"caption {i}" for i in range(2)
-    }
-    multimodal.append_captions(path, "train", {2: "caption 2"})
-    path.write_text(path.read_text() + "\n\n")
-    assert len(multimodal.read_captions(path)[1]) == 3
+    captions = {("train", i): f"caption {i}" for i in range(3)}
+    multimodal.write_captions(path, about, captions)
+    whole = path.read_text()
+    for text in (whole, whole.removesuffix("\n"), whole.replace("\n", "\n\n"), whole.replace("\n", "\r\n")):
+        path.write_text(text)
+        assert multimodal.read_captions(path) == (about, captions)
+
+
+def test_a_caption_file_is_written_every_few_seconds(finished, monkeypatch):
+    """What is left to an accident is the last ten seconds' work."""
+    hours = itertools.count(step=3600)
+    written, write = [], multimodal.write_captions
+    monkeypatch.setattr(multimodal.time, "perf_counter", lambda: next(hours))
+    monkeypatch.setattr(multimodal, "load_blip", lambda *_: (None, None))
+    monkeypatch.setattr(multimodal, "describe", lambda model, _, images, *__: ["a cat"] * len(images))
+    monkeypatch.setattr(multimodal, "write_captions", lambda *a: (written.append(len(a[2])), write(*a)))
+    stage("multimodal.py caption --captioner tiny --batch 80 --name often", finished)
+    assert sorted(set(written)) == list(range(80, 3 * 320 + 1, 80))
 
 
 @pytest.mark.parametrize("fault", ["a decoder layer is missing", "no captioner at all"])
@@ -221,19 +225,13 @@ def test_a_captioner_with_weights_missing_is_refused(finished, tmp_path, fault):
         multimodal.load_blip(str(folder), None, torch.device("cpu"))
 
 
-def test_words_are_spelled_as_written_and_cut_where_clip_cuts():
-    assert multimodal.spelled(["un été"], 77) == ["<start> un é té <end>"]  # not Ã©
-    long = multimodal.spelled(["a cat " * 20], 16)[0].split()
+def test_words_are_spelled_as_written_and_cut_where_clip_cuts(tmp_path):
+    small_clip(tmp_path)
+    captions = ["un été", "a cat " * 20]
+    found = multimodal.embed_words(*multimodal.load_clip(f"local-dir:{tmp_path}", None), captions)
+    assert found["un été"][0] == "<start> un é té <end>"  # not Ã©
+    long = found[captions[1]][0].split()
     assert len(long) == 16 and long[-1] == "<end>"
-
-
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="can't write .*captions.jsonl: No space left"):
-        multimodal.append_captions(tmp_path / "captions.jsonl", "train", {0: "a caption"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,76 +336,52 @@ def test_the_last_word_is_clips_own_embedding_and_no_word_knows_a_later_one(tmp_
     model, tokenizer = multimodal.load_clip(f"local-dir:{tmp_path}", None)
     captions = ["a cat", "a cat on dark green", "two dogs"]
     found = multimodal.embed_words(model, tokenizer, captions)
-    assert [len(s) for s in found] == [len(c.split()) for c in multimodal.spelled(captions, 16)] == [4, 7, 4]
-    torch.testing.assert_close(
-        torch.stack([s[-1] for s in found]), model.encode_text(tokenizer(captions), normalize=True)
-    )
-    torch.testing.assert_close(found[0][:3], found[1][:3])  # <start> a cat
+    words, states = zip(*found.values())
+    assert words[0] == "<start> a cat <end>" and list(found) == captions
+    assert [len(s) for s in states] == [len(w.split()) for w in words] == [4, 7, 4]
+    last = torch.stack([s[-1] for s in states])
+    torch.testing.assert_close(last, model.encode_text(tokenizer(captions), normalize=True))
+    torch.testing.assert_close(states[0][:3], states[1][:3])  # <start> a cat
 
 
 # ------------------------------------------------------------------------------------------------------------
 
-TINY = ["--data", "synthetic", "--limit", 320, "--device", "cpu", "--precision", "float32"]
-FAST = ["--epochs", 1, "--batch", 32]
+FEW = "--data synthetic --limit 320 --device cpu --precision float32"
+FAST = "--epochs 1 --batch 32"
+
+
+def stage(line, out, code=0):
+    """What `python LINE` prints, OUT in it standing for the folder `out`, with a few synthetic images."""
+    return call(*f"{line} --out OUT {FEW}".replace("OUT", str(out)).split(), code=code)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The whole stage on a few images: its folder."""
-    folder = tmp_path_factory.mktemp("language")
-    out = ["--out", folder, *TINY]
-    call("ssl.py", "pretrain", "--task", "m", "--dim", D, *FAST, *out)
-    call(
-        "video.py",
-        "--checkpoint",
-        folder / "m.pt",
-        "--blocks",
-        2,
-        "--frames",
-        F,
-        "--clips",
-        2,
-        "--epochs",
-        1,
-        *out,
-    )
-    call("multimodal.py", "tiny", "--checkpoint", folder / "m.pt", "--frozen", 4, *FAST, *out)
-    for seen in ([], ["--seen"]):
-        call("multimodal.py", "caption", "--captioner", "tiny", *seen, "--batch", 100, *out)
-        call(
-            "multimodal.py",
-            "embed",
-            "--captions",
-            folder / f"captions_tiny{'_seen' if seen else ''}.jsonl",
-            *out,
-        )
-    fuse = ["fuse", *FAST, *out, "--captions"]
-    call(
-        "multimodal.py",
-        *fuse,
-        folder / "captions_tiny.jsonl",
-        "--control",
-        "none",
-        "image_only",
-        "text_only",
-        "shuffled",
-    )
-    call("multimodal.py", *fuse, folder / "captions_tiny.jsonl", "--text", "tokens")
-    call("multimodal.py", *fuse, folder / "captions_tiny_seen.jsonl")
-    return folder
+    out = tmp_path_factory.mktemp("language")
+    stage(f"ssl.py pretrain --task m --dim {D} {FAST}", out)
+    stage(f"video.py --checkpoint OUT/m.pt --blocks 2 --frames {F} --clips 2 --epochs 1", out)
+    stage(f"multimodal.py tiny --checkpoint OUT/m.pt --frozen 4 {FAST}", out)
+    stage("multimodal.py caption --captioner tiny --batch 100", out)
+    stage("multimodal.py caption --captioner tiny --batch 100 --seen", out)
+    stage("multimodal.py embed --captions OUT/captions_tiny.jsonl", out)
+    stage("multimodal.py embed --captions OUT/captions_tiny_seen.jsonl", out)
+    fuse = f"multimodal.py fuse {FAST} --captions"
+    stage(f"{fuse} OUT/captions_tiny.jsonl --control none image_only text_only shuffled", out)
+    stage(f"{fuse} OUT/captions_tiny.jsonl --text tokens", out)
+    stage(f"{fuse} OUT/captions_tiny_seen.jsonl", out)
+    return out
 
 
 def test_the_whole_stage_leaves_its_rows_and_figures(finished):
     rows = vit.read_results(finished)["rows"]
-    assert {
-        f"{name}_validation" for name in analysis.language_rows("tiny") if name != "fusion_tiny_1"
-    } <= rows.keys()
-    assert all(
-        row["captioner"] == "tiny" for name, row in rows.items() if name.startswith(("fusion", "captions"))
-    )
-    drawn = call("analysis.py", "figures", "--out", finished, *TINY)
+    expected = {f"{name}_validation" for name in analysis.language_rows("tiny")}
+    assert expected - rows.keys() == {"fusion_tiny_1_validation"}
+    ours = [row for name, row in rows.items() if name.startswith(("fusion", "captions"))]
+    assert all(row["captioner"] == "tiny" for row in ours)
+    drawn = stage("analysis.py figures", finished)
     assert all(f"figures/{name}.png" in drawn for name in ("captions", "words", "controls"))
-    table = call("analysis.py", "report", "--out", finished, *TINY)
+    table = stage("analysis.py report", finished)
     assert "fusion_tiny_tokens" in table and "70.13" not in table  # that was with BLIP's captions
     stored = np.load(finished / "fusion_tiny_tokens_validation.npz")
     # between <start> and <end>
@@ -419,81 +393,44 @@ def test_the_whole_stage_leaves_its_rows_and_figures(finished):
 
 def test_the_real_models_way_with_small_ones_from_folders(finished, tmp_path):
     """BLIP and CLIP by name or folder, whatever their size: every step, row and picture says blip."""
-    out = ["--out", tmp_path, *TINY]
-    call(
-        "multimodal.py",
-        "caption",
-        "--captioner",
-        "blip",
-        "--blip",
-        finished / "tiny_blip_0",
-        "--beams",
-        2,
-        "--max-new-tokens",
-        3,
-        *out,
-    )
-    header, captions, _ = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
-    assert (
-        header["captioner"] == "blip"
-        and header["model"] == str(finished / "tiny_blip_0")
-        and header["beams"] == 2
-    )
+    tiny = f"{finished}/tiny_blip_0"
+    stage(f"multimodal.py caption --captioner blip --blip {tiny} --beams 2 --max-new-tokens 3", tmp_path)
+    header, captions = multimodal.read_captions(tmp_path / "captions_blip.jsonl")
+    assert (header["captioner"], header["model"], header["beams"]) == ("blip", tiny, 2)
     assert len(captions) == 3 * 320 and all(len(c.split()) <= 3 for c in captions.values())
-    call(
-        "multimodal.py",
-        "embed",
-        "--captions",
-        tmp_path / "captions_blip.jsonl",
-        "--clip",
-        f"local-dir:{finished / 'tiny_clip'}",
-        *out,
-    )
-    fuse = [
-        "fuse",
-        "--captions",
-        tmp_path / "captions_blip.jsonl",
-        "--checkpoint",
-        finished / "video_encoder_2.pt",
-    ]
-    call("multimodal.py", *fuse, "--control", "none", "image_only", *FAST, *out)
+    clip = f"local-dir:{finished}/tiny_clip"
+    stage(f"multimodal.py embed --captions OUT/captions_blip.jsonl --clip {clip}", tmp_path)
+    fuse = f"multimodal.py fuse {FAST} --captions OUT/captions_blip.jsonl --control none image_only"
+    stage(f"{fuse} --checkpoint {finished}/video_encoder_2.pt", tmp_path)
     rows = vit.read_results(tmp_path)["rows"]
-    assert {
-        "captions_blip_validation",
-        "fusion_blip_validation",
-        "fusion_blip_image_only_validation",
-    } == rows.keys()
-    assert (
-        rows["fusion_blip_validation"]["report"] == multimodal.REPORTED["fusion_blip"]
-        and "tiny_clip" in rows["fusion_blip_validation"]["clip"]
-    )
-    assert "figures/captions.png" in call("analysis.py", "figures", *out)
-    assert "70.13 %" in call("analysis.py", "report", *out)  # the report's, with BLIP
+    names = ("captions_blip", "fusion_blip", "fusion_blip_image_only")
+    assert rows.keys() == {f"{name}_validation" for name in names}
+    row = rows["fusion_blip_validation"]
+    assert row["report"] == multimodal.REPORTED["fusion_blip"] and "tiny_clip" in row["clip"]
+    assert "figures/captions.png" in stage("analysis.py figures", tmp_path)
+    assert "70.13 %" in stage("analysis.py report", tmp_path)
 
 
 def test_captions_are_the_same_after_a_kill(finished):
     path = finished / "captions_tiny.jsonl"
     before, raw = multimodal.read_captions(path), path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])  # mid-line, mid-batch
-    call("multimodal.py", "caption", "--captioner", "tiny", "--batch", 100, "--out", finished, *TINY)
-    assert multimodal.read_captions(path)[:2] == before[:2] and len(path.read_bytes()) == len(raw)
+    stage("multimodal.py caption --captioner tiny --batch 100", finished)
+    assert multimodal.read_captions(path) == before and len(path.read_bytes()) == len(raw)
 
 
 def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
-    embed = ["embed", "--out", finished, *TINY, "--captions"]
-    assert " 0 to embed" in call("multimodal.py", *embed, finished / "captions_tiny.jsonl")
-    place, states, _, clip = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    assert " 0 to embed" in stage("multimodal.py embed --captions OUT/captions_tiny.jsonl", finished)
+    clip, before = multimodal.read_embeddings(finished / "captions_tiny.npz")
     # brought in from another machine, under the same name
     more = finished / "elsewhere" / "captions_tiny.jsonl"
     more.parent.mkdir()
-    more.write_bytes(
-        (finished / "captions_tiny.jsonl").read_bytes()
-        + b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n'
-    )
-    assert " 1 to embed" in call("multimodal.py", *embed, more)
-    longer, new_states, words, same = multimodal.read_embeddings(finished / "captions_tiny.npz")
-    assert same == clip and longer == place | {"a brand new caption": len(place)}
-    assert all(torch.equal(a, b) for a, b in zip(states, new_states))
+    line = b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n'
+    more.write_bytes((finished / "captions_tiny.jsonl").read_bytes() + line)
+    assert " 1 to embed" in stage(f"multimodal.py embed --captions {more}", finished)
+    same, after = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    assert same == clip and list(after) == [*before, "a brand new caption"]
+    assert all(after[c][0] == before[c][0] and torch.equal(after[c][1], before[c][1]) for c in before)
 
 
 def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path, monkeypatch):
@@ -544,18 +481,14 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
 
 def test_without_a_network_the_commands_that_fetch_are_named(finished, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    text = run(
-        "multimodal.py", "caption", "--captioner", "blip", "--out", tmp_path, *TINY, code=1, env=offline
-    )
-    # the machine, and why not
-    assert (
-        "hf download Salesforce/blip-image-captioning-base" in text and len(text.strip().splitlines()) == 2
-    ), text
-    embed = ["--captions", finished / "captions_tiny.jsonl", "--clip", "ViT-B-32", "--out", tmp_path, *TINY]
-    text = run("multimodal.py", "embed", *embed, code=1, env=offline)
-    assert (
-        "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text and len(text.strip().splitlines()) == 3
-    ), text
+    few = ["--out", tmp_path, *FEW.split()]
+    text = run("multimodal.py", "caption", "--captioner", "blip", *few, code=1, env=offline)
+    assert "hf download Salesforce/blip-image-captioning-base" in text, text
+    assert len(text.strip().splitlines()) == 2, text  # the machine, and why not
+    captions = ["--captions", finished / "captions_tiny.jsonl"]
+    text = run("multimodal.py", "embed", *captions, "--clip", "ViT-B-32", *few, code=1, env=offline)
+    assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in text, text
+    assert len(text.strip().splitlines()) == 3, text
 
 
 def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypatch):
@@ -564,49 +497,37 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
         (finished / stranger).mkdir(exist_ok=True)
         (finished / stranger / "config.json").touch()
     monkeypatch.setattr(multimodal, "load_blip", lambda name, *_: (pathlib.Path(name).name, None))
-    monkeypatch.setattr(multimodal, "write_captions", lambda model, _, images, *__: [model] * len(images))
-    for seen in (0, 1):
-        call(
-            "multimodal.py",
-            "caption",
-            "--captioner",
-            "tiny",
-            *["--seen"] * seen,
-            "--name",
-            f"by_{seen}",
-            "--out",
-            finished,
-            *TINY,
-        )
-        _, captions, _ = multimodal.read_captions(finished / f"by_{seen}.jsonl")
-        assert len(captions) == 3 * 320 and all(
-            by == f"tiny_blip_{(i + seen) % 2}" for (_, i), by in captions.items()
-        )
+    monkeypatch.setattr(multimodal, "describe", lambda model, _, images, *__: [model] * len(images))
+    for seen, option in enumerate(["", "--seen"]):
+        stage(f"multimodal.py caption --captioner tiny {option} --name by_{seen}", finished)
+        _, captions = multimodal.read_captions(finished / f"by_{seen}.jsonl")
+        assert captions == {(split, i): f"tiny_blip_{(i + seen) % 2}" for split, i in captions}
+        assert len(captions) == 3 * 320
     state = torch.load(finished / "tiny_blip_1.pt", weights_only=True)
     # left behind by a run with more folds
     torch.save(state | {"settings": state["settings"] | {"folds": 3}}, finished / "tiny_blip_1.pt")
-    assert "tiny_blip_1 is not trained yet" in call(
-        "multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1
-    )
+    line, sentence = "multimodal.py caption --captioner tiny", "tiny_blip_1 is not trained yet"
+    assert sentence in stage(line, finished, code=1)
     torch.save(state, finished / "tiny_blip_1.pt")
     weights = finished / "tiny_blip_1" / "model.safetensors"
     weights.rename(finished / "elsewhere.safetensors")  # as if `tiny` had been stopped
-    assert "tiny_blip_1 is not trained yet" in call(
-        "multimodal.py", "caption", "--captioner", "tiny", "--out", finished, *TINY, code=1
-    )
+    assert sentence in stage(line, finished, code=1)
     (finished / "elsewhere.safetensors").rename(weights)
 
 
-def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finished):
-    _, captions, _ = multimodal.read_captions(finished / "captions_tiny.jsonl")
+def test_fusion_reads_every_images_own_caption_or_with_shuffled_anothers(finished):
+    _, captions = multimodal.read_captions(finished / "captions_tiny.jsonl")
     own = [captions["train", i] for i in range(50)]
-    place, states, _, _ = multimodal.read_embeddings(finished / "captions_tiny.npz")
-    padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
-    is_word = torch.arange(padded.shape[1]) < torch.tensor([len(s) for s in states])[:, None]
+    _, embedded = multimodal.read_embeddings(finished / "captions_tiny.npz")
+    args = argparse.Namespace(text="tokens", split="validation", data="synthetic", limit=50, captions="f")
+    train = multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))["train"]
     index = torch.tensor([7, 0, 49, 7])
-    embeddings, words = multimodal.Text(own, place, padded, is_word)(index)
-    for row, word, i in zip(embeddings, words, index.tolist()):
-        torch.testing.assert_close(row[word], states[place[own[i]]].float())
+    states, is_word = train.text(index)
+    for state, words, i in zip(states, is_word, index.tolist()):
+        torch.testing.assert_close(state[words], embedded[own[i]][1].float())
+    del captions["train", 7]
+    with pytest.raises(SystemExit, match="f lacks train captions"):
+        multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))
     shown = np.load(finished / "fusion_tiny_shuffled_validation.npz")
     validation = [captions["validation", i] for i in range(320)]
     others = validation[1:] + validation[:1]
@@ -618,18 +539,8 @@ def test_text_hands_every_image_its_own_caption_or_with_shuffled_anothers(finish
 def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
     before = (finished / "captions_tiny.jsonl").read_bytes()
     (tmp_path / "captions_blip.jsonl").write_bytes(before)
-    words = [
-        "caption",
-        "--captioner",
-        "blip",
-        "--blip",
-        tmp_path / "no/such",
-        "--fresh",
-        "--out",
-        tmp_path,
-        *TINY,
-    ]
-    assert "can't load the captioner" in call("multimodal.py", *words, code=1)
+    line = "multimodal.py caption --captioner blip --blip OUT/no/such --fresh"
+    assert "can't load the captioner" in stage(line, tmp_path, code=1)
     assert (tmp_path / "captions_blip.jsonl").read_bytes() == before
 
 
@@ -639,81 +550,44 @@ def test_beams_and_long_captions(finished):
     # no word is likelier than another, so sentences don't end
     nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)
     machine = vit.Machine("cpu", "float32")
-    assert len(multimodal.write_captions(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
+    assert len(multimodal.describe(blip, processor, data.synthetic(5)[0], 3, 40, machine)) == 5
 
 
 def test_another_clip_makes_another_fusion_run(finished):
     """A finished run neither goes on with embeddings that it has never seen nor passes for one that has."""
     stored = finished / "captions_tiny.npz"
-    before, fuse = (
-        stored.read_bytes(),
-        ["fuse", *FAST, "--out", finished, *TINY, "--captions", finished / "captions_tiny.jsonl"],
-    )
-    call("multimodal.py", *fuse)
-    assert "measured before" in call("multimodal.py", *fuse)
+    before = stored.read_bytes()
+    line = f"multimodal.py fuse {FAST} --captions OUT/captions_tiny.jsonl"
+    stage(line, finished)
+    assert "measured before" in stage(line, finished)
     arrays = dict(np.load(stored))
     np.savez(stored, **arrays | {"used": np.asarray("another CLIP")})
-    assert "made with another clip" in call("multimodal.py", *fuse, code=1)
+    assert "made with another clip" in stage(line, finished, code=1)
     stored.write_bytes(before)
 
 
 def test_mistakes_are_one_sentence(finished, tmp_path):
-    out, captions, foreign = (
-        ["--out", finished, *TINY],
-        finished / "captions_tiny.jsonl",
-        tmp_path / "captions_tiny.jsonl",
-    )
+    foreign = tmp_path / "captions_tiny.jsonl"
     foreign.write_text('{"captioner": "blip", "model": "b", "dataset": "cifar10"}\n')
-    for module, words, sentence in [
-        (
-            "multimodal.py",
-            ["caption", "--captioner", "tiny", "--out", tmp_path, *TINY],
-            "is not trained yet; `python multimodal.py tiny",
-        ),
-        ("multimodal.py", ["caption", "--captioner", "tiny", "--beams", 2, *out], "made with another beams"),
-        ("multimodal.py", ["caption", "--captioner", "blip", "--seen", *out], "BLIP has not seen"),
-        (
-            "multimodal.py",
-            ["embed", "--captions", captions, "--clip", f"local-dir:{tmp_path}", *out],
-            "multimodal.py tiny` trains one",
-        ),
-        (
-            "multimodal.py",
-            ["embed", "--captions", captions, "--clip", "ViT-B-32", "--clip-weights", "no/such/file", *out],
-            "name a file with --clip-weights",
-        ),
-        ("multimodal.py", ["tiny", "--checkpoint", finished / "m.pt", "--folds", 1, *out], "at least 2"),
-        (
-            "multimodal.py",
-            ["tiny", "--checkpoint", finished / "m.pt", "--enlarge", 50, *out],
-            "not a whole number of 8-pixel patches",
-        ),
-        (
-            "multimodal.py",
-            ["tiny", "--checkpoint", finished / "video_encoder_2.pt", *out],
-            "trained on labels",
-        ),
-        (
-            "multimodal.py",
-            [
-                "fuse",
-                "--captions",
-                captions,
-                "--checkpoint",
-                finished / "video_encoder_2.pt",
-                "--out",
-                tmp_path,
-                *TINY,
-            ],
-            "multimodal.py embed",
-        ),
-        ("multimodal.py", ["fuse", "--captions", captions, "--blocks", 1, *out], "there is no checkpoint"),
-        (
-            "multimodal.py",
-            ["fuse", "--captions", captions, "--checkpoint", finished / "m.pt", *out],
-            "no factorised encoder",
-        ),
-        ("multimodal.py", ["fuse", "--captions", foreign, *out], "captions of cifar10, not of synthetic"),
-        ("ssl.py", ["probe", "--checkpoint", finished / "tiny_blip_0.pt", *out], "another library"),
+    sentence = "is not trained yet; `python multimodal.py tiny"
+    assert sentence in stage("multimodal.py caption --captioner tiny", tmp_path, code=1)
+    embed = "multimodal.py embed --captions OUT/captions_tiny.jsonl"
+    fuse = "multimodal.py fuse --captions OUT/captions_tiny.jsonl"
+    for line, sentence in [
+        ("multimodal.py caption --captioner tiny --beams 2", "made with another beams"),
+        ("multimodal.py caption --captioner blip --seen", "BLIP has not seen"),
+        (f"{embed} --clip local-dir:{tmp_path}", "multimodal.py tiny` trains one"),
+        (f"{embed} --clip ViT-B-32 --clip-weights no/such/file", "name a file with --clip-weights"),
+        ("multimodal.py tiny --checkpoint OUT/m.pt --folds 1", "at least 2"),
+        ("multimodal.py tiny --checkpoint OUT/m.pt --enlarge 50", "not a whole number of 8-pixel patches"),
+        ("multimodal.py tiny --checkpoint OUT/video_encoder_2.pt", "trained on labels"),
+        (f"{fuse} --blocks 1", "there is no checkpoint"),
+        (f"{fuse} --checkpoint OUT/m.pt", "no factorised encoder"),
+        (f"{fuse} --control none shuffled --name mine", "--name is for one --control"),
+        (f"multimodal.py fuse --captions {foreign}", "captions of cifar10, not of synthetic"),
+        (f"multimodal.py fuse --captions {foreign}x", "there is no caption file"),
+        ("ssl.py probe --checkpoint OUT/tiny_blip_0.pt", "another library"),
     ]:
-        assert sentence in call(module, *words, code=1)
+        assert sentence in stage(line, finished, code=1)
+    elsewhere = f"multimodal.py fuse --captions {finished}/captions_tiny.jsonl"
+    assert "multimodal.py embed" in stage(elsewhere, tmp_path, code=1)
