@@ -487,9 +487,8 @@ class Run:
         self.history = {}  # metric -> its mean in each epoch
         self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
         self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        work = f"{args.epochs} epochs of {steps} steps of {args.batch} images"
-        print(f"{name}: {millions:.1f} M parameters, {work}", flush=True)
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {size:,} parameters, {args.epochs} epochs of {steps} steps of {args.batch} images")
         if self.path.exists() and not args.fresh:
             self.resume()
         self.started = time.perf_counter()  # of the epoch
@@ -548,8 +547,8 @@ class Run:
         """Every metric's mean over the epoch's batches so far; SystemExit where the loss is not finite."""
         means = {key: (total / self.batches).item() for key, total in self.sums.items()}
         if not math.isfinite(means["loss"]):
-            where = f"{self.name}: the loss is not finite in epoch {self.epoch + 1}"
-            sys.exit(f"\n{where}; the last good epoch is kept; try a smaller --lr with --fresh")
+            where = f"\n{self.name}: the loss is not finite in epoch {self.epoch + 1}"
+            sys.exit(f"{where}; the last good epoch is kept; try a smaller --lr with --fresh")
         return means
 
     def show(self, metrics: dict[str, float], last: bool = False) -> None:
@@ -635,10 +634,7 @@ def arrays_path(args: argparse.Namespace, name: str) -> pathlib.Path:
 
 
 def record(args: argparse.Namespace, name: str, machine: Machine, source, **row) -> None:
-    """Put one row into results.json: `value` (a fraction), what else the row says, the command typed.
-
-    `source`: what data.source says of --data.
-    """
+    """Put a row into results.json: `value` (a fraction) and what else it says. `source`: data.source's."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "pillow", "transformers", "open_clip_torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # a copied file needs only some of them
