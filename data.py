@@ -98,10 +98,14 @@ def download(url: str, path: pathlib.Path, size: int) -> None:
             with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
                 if response.status != 206:  # this server can't start in the middle: it sends everything
                     file.truncate(0)
+                start, begun = file.tell(), time.perf_counter()
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     have = file.tell()
-                    print(f"\r{have / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
+                    left = (size - have) * (time.perf_counter() - begun) / (have - start)
+                    print(
+                        f"\r{have / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left  ", end="", flush=True
+                    )
         except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise  # the disk is full, the quota spent, the folder another's
@@ -197,7 +201,11 @@ def provenance(folder: pathlib.Path) -> str:
     note = folder / "provenance.txt"
     if not note.exists():
         return "CIFAR-10 files found on disk, origin not known"
-    return " ".join(note.read_text(encoding="utf-8-sig", errors="replace").split())
+    raw = note.read_bytes()
+    encoding = (
+        "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    )  # Windows' shells write both
+    return " ".join(raw.decode(encoding, errors="replace").split())
 
 
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:

@@ -288,14 +288,14 @@ class Machine:
             atexit.register(dist.destroy_process_group)
         torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
         torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
-        self.precision, why = precision, "as asked"
+        chosen = [precision, "as asked"]
         if precision == "auto":
-            self.precision, why = faster_precision(self.device)
+            chosen = [*faster_precision(self.device)]
+        if PROCESSES > 1:
+            dist.broadcast_object_list(chosen)  # all take what process 0 found
+        self.precision, why = chosen
         self.eval_batch = 125 if kind == "cpu" else 1000  # images at a time; few fit a CPU's cache
-        found = re.search(r"model name\s*: (.*)", cpuinfo())
-        chip = found[1] if found else platform.processor() or platform.machine()
-        if kind == "cuda":
-            chip = torch.cuda.get_device_name(self.device)
+        chip = torch.cuda.get_device_name(self.device) if kind == "cuda" else processor_name()
         self.name = f"{kind} ({chip}, {torch.get_num_threads()} CPU threads)"
         print(f"{self.name}, {self.precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
 
@@ -326,23 +326,35 @@ def find_device(asked: str) -> torch.device:
 def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
-    Chips with instructions for bfloat16 are 2 to 3 times faster in it. All others convert it to float32 and
-    back, which makes them 3 to 25 times slower.
+    Some chips compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 25 times
+    slower. So little work tells them apart: the best of a few products in each, in turns. On a CPU one
+    thread's own time counts, which stays the same however busy the machine is.
     """
-    if device.type == "cuda":
-        has_instructions = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # as Linux calls them on AMD, Intel and ARM
-        flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo())
-        has_instructions = device.type == "cpu" and flags is not None
-    if has_instructions:
-        return "bfloat16", "faster, as the chip has instructions for it"
-    return "float32", "faster, as no instructions for bfloat16 are known here"
+    on_cpu, threads, end = device.type == "cpu", torch.get_num_threads(), time.perf_counter() + 0.1
+    clock, size = (time.thread_time, 384) if on_cpu else (time.perf_counter, 4096)
+    seconds = {"float32": [], "bfloat16": []}
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.ones(size, size, device=device)  # not drawn: a seed's numbers are the experiment's
+        while len(seconds["bfloat16"]) < 2 or (time.perf_counter() < end and len(seconds["bfloat16"]) < 5):
+            for precision, taken in seconds.items():
+                start = clock()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    (matrix @ matrix)[0, 0].item()  # .item() waits for the device
+                taken.append(clock() - start)
+    except Exception:  # MPS before macOS 14: TypeError, some old GPUs: RuntimeError
+        return "float32", "bfloat16 does not work here"
+    finally:
+        torch.set_num_threads(threads)
+    faster, slower = sorted(seconds, key=lambda precision: min(seconds[precision]))
+    return faster, f"{min(seconds[slower]) / min(seconds[faster]):.1f} times as fast as {slower} here"
 
 
-def cpuinfo() -> str:
-    """What Linux says of the processor; nothing elsewhere."""
+def processor_name() -> str:
+    """The processor as Linux names it, else as Python does."""
     path = pathlib.Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
+    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------- files and checkpoints
@@ -489,6 +501,8 @@ class Run:
         self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
         size = sum(p.numel() for p in model.parameters())
         print(f"{name}: {size:,} parameters, {args.epochs} epochs of {steps} steps of {args.batch} images")
+        if args.warmup >= args.epochs:
+            print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
         if self.path.exists() and not args.fresh:
             self.resume()
         self.started = time.perf_counter()  # of the epoch
@@ -502,10 +516,9 @@ class Run:
             now["device"] = self.machine.device.type  # in mid-run: a random generator can't go on elsewhere
         for key in now:
             if before.get(key) != now[key]:
-                option = "--" + key.replace("_", "-")
-                made = f"{option} {before.get(key)}, not {now[key]}"
-                if key in FILES:
-                    made = f"another {option}"
+                made = f"--{key.replace('_', '-')} {before.get(key)}, not {now[key]}"
+                if key in FILES or not hasattr(self.args, key):
+                    made = f"another {key}"
                 elif key == "epochs":
                     made += " (its learning rate falls to zero at the end: there is no going on)"
                 advice = "add --fresh to start over, or choose another --name"
@@ -620,7 +633,10 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def read_results(out: str | pathlib.Path) -> dict:
     """The contents of out/results.json; empty rows where there is none yet."""
     path = pathlib.Path(out) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    except ValueError:
+        sys.exit(f"{path} is no JSON any more; mend it or move it away: the stages write their rows anew")
 
 
 def row_name(args: argparse.Namespace, name: str) -> str:

@@ -368,8 +368,8 @@ def test_the_bin_files_are_found_under_another_name_and_pickles_are_refused(tmp_
         data.find(str(tmp_path))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_note_on_provenance_is_read_with_and_without_the_mark_that_windows_adds(tmp_path, encoding):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_note_on_provenance_is_read_as_any_shell_writes_it(tmp_path, encoding):
     (tmp_path / data.FOLDER).mkdir()
     (tmp_path / data.FOLDER / "provenance.txt").write_bytes("copie de l'été\r\n".encode(encoding))
     assert data.source(str(tmp_path)).provenance == "copie de l'été"

@@ -7,9 +7,12 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT, call, load, run
+from PIL import Image
 
 import analysis
+import data
 import vit
 
 publish = load("results/publish.py")
@@ -94,6 +97,27 @@ def test_the_two_commands_that_need_no_options(tmp_path):
         "a row per class" in run("data.py", "--sheet", tmp_path / "synthetic.png")
         and (tmp_path / "synthetic.png").exists()
     )
+
+
+def test_readmes_recipe_for_images_of_ones_own_works(tmp_path, monkeypatch):
+    """Its two pieces, put where README says, into a copy of data.py."""
+    function, lines = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)[:2]
+    code = (ROOT / "data.py").read_text()
+    head, docstring, rest = re.match(
+        r"(.*?)(def source.*?\n    \"\"\".*?\"\"\"\n)(.*)", code, re.DOTALL
+    ).groups()
+    (tmp_path / "data_with_photos.py").write_text(head + function + "\n\n" + docstring + lines + rest)
+    images, labels = data.synthetic(60)
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        folder = tmp_path / "photos" / data.SHAPES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    mine = load(tmp_path / "data_with_photos.py")
+    splits = [mine.load("photos", split) for split in ("train", "validation", "test")]
+    assert [len(x) for x, _ in splits] == [48, 6, 6] and mine.source("photos").classes == sorted(data.SHAPES)
+    found = torch.cat([x for x, _ in splits]).flatten(1)
+    assert {*map(tuple, found.tolist())} == {*map(tuple, images.flatten(1).tolist())}
 
 
 def test_readmes_python_runs(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """The network against two independent implementations, and the promises of the plumbing."""
 
 import argparse
+import contextlib
 import errno
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import filelock
 import pytest
@@ -209,7 +210,7 @@ def test_other_settings_do_not_resume_silently(tmp_path):
         tiny_run(tmp_path, lr=1.0)
     with pytest.raises(SystemExit, match="--epochs 2, not 3 .its learning rate falls to zero"):
         tiny_run(tmp_path, epochs=3)
-    with pytest.raises(SystemExit, match="was made with another --checkpoint: add --fresh"):
+    with pytest.raises(SystemExit, match="was made with another checkpoint: add --fresh"):
         tiny_run(tmp_path, checkpoint=tmp_path / "tiny.pt")
     assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
 
@@ -309,6 +310,11 @@ def test_a_stage_gives_its_folder_back_when_it_ends(tmp_path):
     filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
 
 
+def test_a_broken_results_file_gets_one_sentence(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": {')
+    assert "is no JSON any more" in call("analysis.py", "report", "--out", tmp_path, code=1)
+
+
 def test_a_process_that_is_not_the_first_says_why_it_fails(tmp_path):
     second = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}
     assert "no training stage" in run("analysis.py", "report", "--out", tmp_path, code=1, env=second)
@@ -365,25 +371,42 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "cpuinfo, name, precision",
-    [
-        ("model name\t: AMD EPYC 9\nflags\t\t: avx2 avx512_bf16 sse\n", "AMD EPYC 9", "bfloat16"),
-        ("model name\t: Intel Xeon\nflags\t\t: amx_bf16 amx_tile\n", "Intel Xeon", "bfloat16"),
-        ("Features\t: fp asimd bf16 i8mm\n", platform.processor() or platform.machine(), "bfloat16"),  # ARM
-        ("model name\t: AMD Ryzen 5\nflags\t\t: avx2 avx512f\n", "AMD Ryzen 5", "float32"),
-    ],
-)
-def test_a_processor_computes_in_bfloat16_where_it_has_instructions(monkeypatch, cpuinfo, name, precision):
-    monkeypatch.setattr(vit, "cpuinfo", lambda: cpuinfo)
-    machine = vit.Machine("cpu")
-    assert machine.precision == precision and f"({name}," in machine.name
+def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypatch):
+    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no
+    random number."""
+    cost, now = {torch.float32: 3.0, torch.bfloat16: 1.0}, [0.0]
+
+    def product(a, b, matmul=torch.Tensor.__matmul__):
+        result = matmul(a, b)
+        now[0] += cost[result.dtype]
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(vit.time, "thread_time", lambda: now[0])
+    before = torch.get_rng_state()
+    assert vit.faster_precision(torch.device("cpu")) == ("bfloat16", "3.0 times as fast as float32 here")
+    cost[torch.bfloat16] = 75.0
+    assert vit.faster_precision(torch.device("cpu")) == ("float32", "25.0 times as fast as bfloat16 here")
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_gpu_computes_in_bfloat16_where_it_need_not_emulate_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert vit.faster_precision(torch.device("cuda"))[0] == "float32"
-    assert vit.faster_precision(torch.device("mps"))[0] == "float32"
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
+def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
+    """As MPS before macOS 14 (TypeError) and GPUs without it (RuntimeError)."""
+
+    def autocast(*_, enabled, **__):
+        if enabled:
+            raise error("not here")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
+
+
+def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_the_threads_as_they_were():
+    threads, start = torch.get_num_threads(), time.thread_time()
+    vit.faster_precision(torch.device("cpu"))
+    assert time.thread_time() - start < 0.3 and torch.get_num_threads() == threads
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
