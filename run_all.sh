@@ -149,7 +149,7 @@ fi
 # ---------------------------------------------------------------- stage 2: pseudo-videos
 video="video.py --epochs $epochs_video --checkpoint $out/m_joint.pt"
 # the report says: one clip a step, no loss but the clip's; the rest (learning rate, augmentation, smoothing) it leaves
-# open, and here the start is our better Model M
+# open, and its start is another Model M
 report_clips="--frame-loss 0 --no-repeats --no-balanced"
 train_as_the_report() {
   local once="python $video $report_clips --clips 1 --lr 1e-4"
