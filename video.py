@@ -152,9 +152,9 @@ MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 #
 # 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right.
 # Trained on that alone, the network stops there: the loss is small and no longer says what is wrong with any
-# single image. But a static video has no other images to vote with. Hence two additions: every image must also
-# be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and clips have a
-# random number of different images (--repeats), from a static video to 16.
+# single image. But a static video has no other images to vote with. Hence two additions: every image must
+# also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and clips
+# have a random number of different images (--repeats), from a static video to 16.
 # ------------------------------------------------------------------------------------------------------------
 
 
