@@ -12,9 +12,8 @@ Part 3, embeddings:                      CLIP's text tower
 Part 4, without downloads:               a small BLIP and a small CLIP of the same classes, trained here
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
-Depends on vit.py, data.py and video.py: copy this file with those three. For cross-attention alone,
-CrossBlock needs only torch and vit.init_linear. Its training loops are in train_small_blip, train_small_clip
-and train_fusion. `tiny` is for where BLIP and CLIP can't be downloaded:
+Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
+and vit.init_linear.) `tiny` is for where BLIP and CLIP can't be downloaded:
 
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2
     python multimodal.py caption --captioner tiny
@@ -49,7 +48,6 @@ import video
 import vit
 
 REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
-CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's names of the architecture and of its weights
 
 # ---------------------------------------------------------------------------------------------------------
 # Part 1: the network
@@ -61,16 +59,13 @@ class CrossAttention(nn.Module):
 
         softmax(Q K^T / sqrt(D / H)) V,     Q = x W_q,   K = text W_k,   V = text W_v
 
-    The softmax shares out a total of one among the keys. With a single key, which is all that a pooled text
-    vector gives, there is nothing to share: its weight is 1 whatever the query is, every x gets the same text
-    W_v, and W_q and W_k have no effect on the output and get no gradient. So attention chooses only among
-    several keys: the words of a caption (--text tokens).
+    The softmax shares out a total of one among the keys. A single key, which is all that a pooled text vector
+    gives, has the weight 1 whatever the query is: every x gets the same text W_v, and W_q and W_k get no
+    gradient. So attention chooses only among several keys: the words of a caption (--text tokens).
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -98,8 +93,8 @@ class CrossBlock(nn.Module):
         x = x + cross_attention(norm(x), norm(text))
         x = x + mlp(norm(x))
 
-    Both sums start at zero (their last layers do), so a trained network that gets this block put on top
-    starts out unchanged and learns from there how much to let in.
+    What is added starts at zero (its last layers do), so a trained network that gets this block put on top
+    starts out unchanged and learns how much to let in.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -128,8 +123,8 @@ class Fusion(nn.Module):
     """The video model with a cross-attention block after its last spatio-temporal block.
 
     Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block
-    would read what the others had learned from the text. Two controls see one of the two only: with
-    `image=False` a learned vector asks in place of the image, with `text=False` nothing is asked.
+    would read what the others had learned from the text. Two controls see less: with `image=False` a learned
+    vector asks in place of the image, with `text=False` nothing is asked.
     """
 
     def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True, text: bool = True):
@@ -269,18 +264,6 @@ def small_blips(out: str) -> list[str]:
     return folders
 
 
-def choose_captioner(args) -> tuple[str, list[str], dict]:
-    """What its captions are called, the model of each fold, what the caption file's header says of it."""
-    if args.captioner == "blip":
-        return "captions_blip", [args.blip], {"model": args.blip, "revision": args.revision}
-    models = small_blips(args.out)
-    weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
-    about = {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
-    if args.seen:
-        return "captions_tiny_seen", models[1:] + models[:1], about
-    return "captions_tiny", models, about
-
-
 def captions_before(path: pathlib.Path, header: dict) -> dict:
     """The captions in the file, to go on with; SystemExit where it was made otherwise than `header` says."""
     before, captions = read_captions(path)
@@ -291,56 +274,58 @@ def captions_before(path: pathlib.Path, header: dict) -> dict:
     return captions
 
 
-def captions_left(captions: dict, split: str, number: int, models: list[str], batch: int) -> list[tuple]:
-    """What is left to do of a split: pairs of a model and the indices of the images that it captions at once.
-
-    Of k models the first captions images 0, k, 2k, ..., the second 1, k + 1, 2k + 1, ..., and so on.
-    """
-    left = []
-    for fold, model in enumerate(models):
-        index = [i for i in range(fold, number, len(models)) if (split, i) not in captions]
-        left += [(model, index[i : i + batch]) for i in range(0, len(index), batch)]
-    return left
-
-
 def caption(args: argparse.Namespace) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class.
 
     tiny: image i is captioned by the small BLIP of fold i % folds, which has not seen it in training (see
     Part 4), with --seen by the next one, which has.
     """
-    if args.seen and args.captioner == "blip":
-        sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
     machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
-    name, models, chosen = choose_captioner(args)
+    name = f"captions_{args.captioner}"
+    header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
+    header |= {"max_new_tokens": args.max_new_tokens}
+    if args.captioner == "blip":
+        models = [args.blip]
+        header |= {"model": args.blip, "revision": args.revision}
+    else:
+        models = small_blips(args.out)
+        weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
+        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
+        if args.seen:
+            name += "_seen"
+            models = models[1:] + models[:1]
     name = args.name or name
     path = pathlib.Path(args.out, f"{name}.jsonl")
-    header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
-    header |= {"max_new_tokens": args.max_new_tokens} | chosen
     captions = captions_before(path, header) if path.exists() and not args.fresh else {}
 
     load = functools.cache(load_blip)  # once each, when it is needed
-    row, saved = {}, time.perf_counter()
+    labels, saved = {}, time.perf_counter()
     for split in ("train", "validation", "test"):
-        images, labels = data.load(args.data, split, limit=args.limit)
-        left = captions_left(captions, split, len(images), models, args.batch)
-        progress = vit.Progress(f"{split} captions", sum(len(index) for _, index in left))
-        for model_name, index in left:
-            model, processor = load(model_name, args.revision, machine.device)
-            x = images[index].to(machine.device)
-            found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
-            captions |= {(split, i): text for i, text in zip(index, found)}
-            progress.advance(len(index))
-            if time.perf_counter() - saved > 10:  # seconds: no accident costs more
-                write_captions(path, header, captions)
-                saved = time.perf_counter()
+        images, labels[split] = data.load(args.data, split, limit=args.limit)
+        left = [i for i in range(len(images)) if (split, i) not in captions]
+        progress = vit.Progress(f"{split} captions", len(left))
+        for fold, folder in enumerate(models):
+            own = [i for i in left if i % len(models) == fold]
+            for start in range(0, len(own), args.batch):
+                index = own[start : start + args.batch]
+                model, processor = load(folder, args.revision, machine.device)
+                x = images[index].to(machine.device)  # [B, 3, S, S]
+                found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
+                captions |= {(split, i): text for i, text in zip(index, found)}
+                progress.advance(len(index))
+                if time.perf_counter() - saved > 10:  # seconds: no accident costs more
+                    write_captions(path, header, captions)
+                    saved = time.perf_counter()
         if left:
             write_captions(path, header, captions)
-        if split in ("train", "validation", args.split):  # test: only if asked
-            named = [named_class(captions[split, i], about.classes) for i in range(len(labels))]
-            named = torch.tensor(named)  # [n]
-            row[f"{split}_right"] = (named == labels).float().mean().item()
-            row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
+
+    row = {}
+    for split in ("train", "validation", args.split):
+        truth = labels[split]
+        named = [named_class(captions[split, i], about.classes) for i in range(len(truth))]
+        named = torch.tensor(named)  # [n]
+        row[f"{split}_right"] = (named == truth).float().mean().item()
+        row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
     row |= {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
     vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
 
@@ -352,7 +337,7 @@ def caption(args: argparse.Namespace) -> None:
 
 def load_clip(name: str, weights: str | None):
     """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or
-    "local-dir:FOLDER". Raises SystemExit with one sentence when it can't be had."""
+    "local-dir:FOLDER". SystemExit where it can't be had."""
     import open_clip
 
     quiet()
@@ -364,7 +349,7 @@ def load_clip(name: str, weights: str | None):
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
         advice = "name a file with --clip-weights"
         if local:
-            advice = "`python multimodal.py tiny` trains one into --out; or choose another --clip"
+            advice = "`python multimodal.py tiny` trains one into --out"
         elif hub:
             advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
         why = str(error).strip().partition("\n")[0]
@@ -396,15 +381,16 @@ def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, T
 def embed(args: argparse.Namespace) -> None:
     """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE.npz."""
     header, captions = read_captions(args.captions)
-    own = f"local-dir:{args.out}/tiny_clip"
-    name = args.clip or (own if header["captioner"] == "tiny" else CLIP[0])
+    usual = f"local-dir:{args.out}/tiny_clip" if header["captioner"] == "tiny" else "ViT-B-32"
+    name = args.clip or usual
     folder = pathlib.Path(name.removeprefix("local-dir:"))
-    clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     if folder.is_dir():
         clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
+    else:
+        clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
-    before, embedded = read_embeddings(path)
-    if before != clip:
+    used, embedded = read_embeddings(path)
+    if used != clip:
         embedded = {}
     new = [c for c in dict.fromkeys(captions.values()) if c not in embedded]
     total = len(embedded) + len(new)
@@ -416,9 +402,10 @@ def embed(args: argparse.Namespace) -> None:
     model.visual = None  # only the text tower is used
     model.to(machine.device)
     progress = vit.Progress("captions embedded", len(new))
-    for i in range(0, len(new), 256):
-        embedded |= embed_words(model, tokenizer, new[i : i + 256])
-        progress.advance(len(new[i : i + 256]))
+    for start in range(0, len(new), 256):
+        some = new[start : start + 256]
+        embedded |= embed_words(model, tokenizer, some)
+        progress.advance(len(some))
     words, states = zip(*embedded.values())
     arrays = {"used": clip, "captions": list(embedded), "words": words}
     arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
@@ -446,8 +433,8 @@ def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tenso
 # A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such
 # captions would learn to copy the class word, which is right there and often wrong on new images. So the
 # training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
-# f: no image is captioned by a model that has seen it. (The real BLIP learned from captions of web images and
-# of COCO. It may have met the originals of some of CIFAR-10's images there; their labels it has not seen.)
+# f: no image is captioned by a model that has seen it. (The real BLIP may have met some of CIFAR-10's images
+# on the web, but not their labels.)
 # ---------------------------------------------------------------------------------------------------------
 
 HUES = "red yellow green cyan blue purple".split()
@@ -482,22 +469,18 @@ def sentences(images: Tensor, labels: Tensor, classes: list[str]) -> list[str]:
 
 def small_blip(encoder: vit.ViT, classes: list[str], size: int):
     """(BLIP model, processor) whose image tower is our `encoder`, weights and all, looking at images enlarged
-    to `size` pixels.
-
-    BLIP enlarges its images (to 384 pixels), and so does this one: patches of 8 pixels then show less of the
-    image each, so it sees details that our 16 patches blur, and errs elsewhere than the image model. The
-    encoder can start from there, best after InfoNCE, whose crops were enlarged, too.
-    """
+    to `size` pixels: patches of 8 pixels then show less of the image each, so it sees details that our 16
+    patches blur, and errs elsewhere than the image model. (The real BLIP enlarges to 384 pixels.)"""
     import transformers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     words = ["the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
     number = {word: i for i, word in enumerate(special + words)}
     ours = encoder.config
-    both = {"hidden_size": ours["dim"], "intermediate_size": 4 * ours["dim"]}
-    both |= {"num_attention_heads": ours["heads"]}
+    D = ours["dim"]
+    both = {"hidden_size": D, "intermediate_size": 4 * D, "num_attention_heads": ours["heads"]}
     image = {"image_size": size, "patch_size": ours["patch_size"], "num_hidden_layers": ours["depth"]}
-    text = {"vocab_size": len(number), "num_hidden_layers": 2, "encoder_hidden_size": ours["dim"]}
+    text = {"vocab_size": len(number), "num_hidden_layers": 2, "encoder_hidden_size": D}
     text |= {"max_position_embeddings": 16, "bos_token_id": number["[DEC]"], "pad_token_id": number["[PAD]"]}
     text |= {"eos_token_id": number["[SEP]"], "sep_token_id": number["[SEP]"]}
     config = transformers.BlipConfig(vision_config=both | image, text_config=both | text)
@@ -622,8 +605,6 @@ def tiny(args: argparse.Namespace) -> None:
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
     patch = encoder.config["patch_size"]
-    if encoder.config["stem"]:
-        sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not; choose another")
     if args.enlarge % patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
     truth = sentences(images, labels, data.source(args.data).classes)
@@ -665,9 +646,7 @@ def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -
     for split in ("train", "validation", args.split):
         images, labels = data.load(args.data, split, device, args.limit)
         if any((split, i) not in captions for i in range(len(images))):
-            sys.exit(
-                f"{args.captions} lacks {split} captions; `python multimodal.py caption` goes on with it"
-            )
+            sys.exit(f"{args.captions} lacks {split} captions; `multimodal.py caption` goes on with it")
         which = [number[captions[split, i]] for i in range(len(images))]
         found[split] = Captioned(images, labels, torch.tensor(which, device=device), states, is_word)
     return found
@@ -683,7 +662,7 @@ def fuse(args: argparse.Namespace) -> None:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
     path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
     clip, embedded = read_embeddings(path)
-    if not embedded or not embedded.keys() >= set(captions.values()):
+    if not embedded.keys() >= set(captions.values()):
         command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
         sys.exit(f"not all of these captions are embedded; `{command}` does it")
     start = args.checkpoint or f"{args.out}/video_encoder_{args.blocks}.pt"
@@ -804,7 +783,11 @@ def main() -> None:
     add = p.add_argument
     add("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
     add("--clip", help='architecture or "local-dir:FOLDER" (default: ViT-B-32; for tiny the small one)')
-    add("--clip-weights", default=CLIP[1], help="tag or file of its weights (default: %(default)s)")
+    add(
+        "--clip-weights",
+        default="laion2b_s34b_b79k",
+        help="tag or file of its weights (default: %(default)s)",
+    )
     p.set_defaults(run=embed)
 
     training = vit.training_arguments(epochs=25, lr=5e-4, batch=128)

@@ -5,7 +5,7 @@
     probe                     freeze the encoder, fit a linear layer on its features: what can be read off?
     finetune                  train the encoder on, with labels: what was it good for?
 
-Depends on vit.py and data.py: copy this file with those two. Each stage's training loop is in its function.
+Depends on vit.py and data.py: copy this file with those two.
 
     python ssl.py pretrain --task m --epochs 4 --out runs/mine
     python ssl.py probe --checkpoint runs/mine/m.pt --out runs/mine
@@ -19,10 +19,9 @@ Shape letters as in vit.py; also M masked patches per image, E width of the cont
 from __future__ import annotations
 
 if __name__ == "ssl":
-    # Python looks in the script's own folder first, so with this file in it `import ssl` - which torch,
-    # urllib and many others do - finds this file instead of the standard library's ssl. Under that name it
-    # therefore steps aside: it loads the real module, and the import system hands that one out. Nothing below
-    # defines more than functions, so nothing else happens under the borrowed name.
+    # Python looks in the script's own folder first, so `import ssl`, as in torch and urllib, finds this file
+    # instead of Python's own ssl. Under that name it therefore steps aside: it loads the real module, and the
+    # import system hands that one out. (What follows defines only functions: a class would need torch.)
     import importlib.machinery
     import importlib.util
     import sys
@@ -72,32 +71,22 @@ def two_views(images: Tensor, generator: Generator | None) -> Tensor:
     return torch.cat([data.contrastive_view(images, generator), data.contrastive_view(images, generator)])
 
 
-def share_views(x: Tensor, views: int) -> Tensor:
-    """This process's part of x [views * B, ...], of each view the same images; all of x without torchrun."""
-    return vit.share(x.unflatten(0, (views, -1)), dim=1).flatten(0, 1)
-
-
-def gather_views(z: Tensor) -> Tensor:
-    """The inverse of `share_views`, for two views: the whole batch's z [2B, E], from all processes."""
-    return vit.gather(z.unflatten(0, (2, -1)), dim=1).flatten(0, 1)
-
-
 def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine: vit.Machine):
     """Train the encoder to know an image again in another view; writes out/NAME.pt."""
     model = vit.ModelM(encoder, projector=True)
     model.rotation_head.requires_grad_(False)  # no part of this task
     model.reconstruction_head.requires_grad_(False)
     parallel = vit.data_parallel(model.to(machine.device))
-    nothing = torch.zeros(1, 0, dtype=torch.long, device=machine.device)  # no patch is masked
 
     run = vit.Run(args, args.name or "infonce", model, machine, encoder, len(images) // args.batch)
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            x = share_views(two_views(images[index], run.generator), views=2)  # [2B, 3, S, S]
+            x = vit.share(two_views(images[index], run.generator))  # [2B, 3, S, S]
+            masked = torch.empty(len(x), 0, dtype=torch.long, device=x.device)  # [2B, 0]: no patch
             with machine.autocast():
-                _, _, z = parallel(x, nothing.expand(len(x), 0))  # [2B, E]
-            loss, match = info_nce(gather_views(z), args.temperature)
+                _, _, z = parallel(x, masked)  # [2B, E]
+            loss, match = info_nce(vit.gather(z), args.temperature)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             run.set_learning_rate()
@@ -112,7 +101,8 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
 #
 #   loss = cross-entropy of the angle + mean squared error of the blacked-out patches (+ contrast * InfoNCE)
 #
-# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less.
+# The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less. R in the shapes
+# below: rows of a step, B images, or with --contrast the 2B views of them.
 # ---------------------------------------------------------------------------------------------------------
 
 # --pretext: share of the patches that are masked, and that are turned; "image-rotation" turns the whole image
@@ -120,9 +110,9 @@ TASKS = {"both": (1 / 4, 1 / 4), "masking": (1 / 4, 0), "rotation": (0, 1 / 4), 
 
 
 def paint_loss(painted: Tensor, images: Tensor, masked: Tensor, patch: int) -> Tensor:
-    """Mean squared error of painted [B, M, 3*P*P], standardised pixels, for the patches masked [B, M] of
-    images [B, 3, S, S] in [0, 1]."""
-    hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3, P, P] -> [B, M, 3*P*P]
+    """Mean squared error [] of painted [B, M, 3*P*P], standardised, for the patches masked [B, M] of images
+    [B, 3, S, S] in [0, 1]."""
+    hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
     return F.mse_loss(painted.float(), vit.standardise(hidden))
 
 
@@ -132,7 +122,7 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
     to_mask, to_turn = (round(part * encoder.patches) for part in TASKS[args.pretext])
     print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {to_turn} others turned")
     names_angle, paints = args.pretext != "masking", to_mask > 0
-    augment, views = (two_views, 2) if args.contrast else (data.crop_flip, 1)
+    augment = two_views if args.contrast else data.crop_flip
     model = vit.ModelM(encoder, projector=args.contrast > 0)
     model.rotation_head.requires_grad_(names_angle)
     model.reconstruction_head.requires_grad_(paints)
@@ -142,15 +132,14 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            # what has to be painted: the cropped image as it is before patches are blacked out and turned
-            target = augment(images[index], run.generator)  # [views*B, 3, S, S]
+            target = augment(images[index], run.generator)  # [R, 3, S, S], what has to be painted
             x, masked, _, angle = data.patch_augment(target, run.generator, patch, to_mask, to_turn, args.gap)
             if args.pretext == "image-rotation":
                 x = data.turn(x, angle)
-            x, target = share_views(x, views), share_views(target, views)  # [views*B, 3, S, S]
-            masked, angle = share_views(masked, views), share_views(angle, views)  # [views*B, M], [views*B]
+            x, target = vit.share(x), vit.share(target)  # [R, 3, S, S]
+            masked, angle = vit.share(masked), vit.share(angle)  # [R, M], [R]
             with machine.autocast():
-                logits, painted, z = parallel(x, masked)  # [views*B, 4], [views*B, M, 3*P*P], [views*B, E]
+                logits, painted, z = parallel(x, masked)  # [R, 4], [R, M, 3*P*P], [R, E]
             loss, metrics = 0, {}
             if names_angle:
                 loss = loss + F.cross_entropy(logits.float(), angle)
@@ -159,7 +148,7 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
                 metrics["mse"] = paint_loss(painted, target, masked, patch)
                 loss = loss + metrics["mse"]
             if args.contrast:
-                contrast, metrics["match"] = info_nce(gather_views(z), args.temperature)
+                contrast, metrics["match"] = info_nce(vit.gather(z), args.temperature)
                 loss = loss + args.contrast * contrast
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -175,8 +164,6 @@ def pretrain(args: argparse.Namespace) -> None:
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, _ = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.init, args.patch, args.dim, args.stem)
-    if 2 * args.gap >= encoder.config["patch_size"]:
-        sys.exit(f"--gap {args.gap} leaves nothing of a patch; choose a smaller one")
     if args.task == "infonce":
         pretrain_infonce(args, encoder, images, machine)
     else:
@@ -203,8 +190,7 @@ def finetune(args: argparse.Namespace) -> None:
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
             x, y = data.crop_flip(images[index], run.generator), labels[index]  # [B, 3, S, S], [B]
-            # other: the labels of what was pasted in
-            x, other, kept = data.cutmix(x, y, run.generator, args.cutmix)
+            x, other, kept = data.cutmix(x, y, run.generator, args.cutmix)  # other [B]: what is pasted in
             x, y, other = vit.share(x), vit.share(y), vit.share(other)
             with machine.autocast():
                 logits = parallel(x)  # [B, K]
@@ -253,21 +239,20 @@ def features(encoder: vit.ViT | None, images: Tensor, machine: vit.Machine) -> d
     if encoder is None:
         return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
     encoder.eval()
-    found = []
+    cls, mean = [], []
     for x in images.split(machine.eval_batch):
         with torch.no_grad(), machine.autocast():
             tokens = encoder(x.float() / 255).float()  # [b, 1 + N, D]
-        found.append(torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)]))  # [2, b, D]
-    cls, mean = torch.cat(found, dim=1)  # [n, D] each
-    return {"cls": cls, "mean": mean}
+        cls.append(tokens[:, 0])
+        mean.append(tokens[:, 1:].mean(dim=1))
+    return {"cls": torch.cat(cls), "mean": torch.cat(mean)}
 
 
 def fit_linear(x: Tensor, y: Tensor, decay: float, classes: int = 10) -> nn.Linear:
     """Multinomial logistic regression of labels y [n] on features x [n, D].
 
     The problem is convex, so L-BFGS on all images at once heads for the one answer, with no learning rate to
-    choose. Its 100 iterations leave a few hundredths of a percent of accuracy to chance, the layer's random
-    bias.
+    choose. Its 100 iterations leave a few hundredths of a percent of accuracy to the layer's random bias.
     """
     layer = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(layer.weight)
@@ -313,25 +298,26 @@ def probe(args: argparse.Namespace) -> None:
     left = [path for path in names if not vit.measured(args, names[path], path)]
     if not left:
         return
-    trained = {path: vit.read_checkpoint(path) for path in left if path not in ("pixels", "untrained")}
     machine = vit.Machine(args.device, args.precision, args.seed)
-    splits = {"train": labelled(args.data, args.labels, args.limit, machine.device)}
+    images, labels = {}, {}  # of each split
+    images["train"], labels["train"] = labelled(args.data, args.labels, args.limit, machine.device)
     for split in ("validation", args.split):
-        splits[split] = data.load(args.data, split, machine.device, args.limit)
-    labels = {split: labels for split, (_, labels) in splits.items()}
+        images[split], labels[split] = data.load(args.data, split, machine.device, args.limit)
 
     for path in left:
-        start, training = time.perf_counter(), trained.get(path, {})
+        start = time.perf_counter()
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        encoder = None
-        if path != "pixels":
-            checkpoint = path if path in trained else None
-            encoder = vit.make_encoder(checkpoint, args.patch, args.dim, args.stem).to(machine.device)
-        read = {split: features(encoder, images, machine) for split, (images, _) in splits.items()}
-        row = best_probe(read, labels, args.split) | {"report": REPORTED.get(names[path])}
-        row |= {"epochs": training.get("epoch", 0), "weights": vit.fingerprint(path)}
-        row |= {"seconds": training.get("seconds", 0.0) + time.perf_counter() - start}
-        row |= {"training": {metric: means[-1] for metric, means in training.get("history", {}).items()}}
+        encoder, training = None, {"epoch": 0, "seconds": 0.0, "history": {}}
+        if path == "untrained":
+            encoder = vit.make_encoder(None, args.patch, args.dim, args.stem).to(machine.device)
+        elif path != "pixels":
+            encoder = vit.make_encoder(path, args.patch, args.dim, args.stem).to(machine.device)
+            training = vit.read_checkpoint(path)
+        read = {split: features(encoder, x, machine) for split, x in images.items()}
+        row = best_probe(read, labels, args.split)
+        row |= {"report": REPORTED.get(names[path]), "weights": vit.fingerprint(path)}
+        row |= {"epochs": training["epoch"], "seconds": training["seconds"] + time.perf_counter() - start}
+        row |= {"training": {metric: means[-1] for metric, means in training["history"].items()}}
         vit.record(args, names[path], machine, data.source(args.data), **row)
 
 

@@ -4,22 +4,19 @@ A pseudo-video is a clip of F = 16 images of one class, shown as if they were th
 over all F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into
 space and time:
 
-    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder; then
-               only the frames' CLS tokens through a temporal transformer of one or two blocks, which has
-               its own CLS token
-    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): inside the last
-               one or two blocks, attention among the patches of a frame, then among the frames at the same
-               patch
+    encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder, then
+               the frames' CLS tokens through a temporal transformer, which has its own CLS token
+    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): in the last
+               blocks, attention among the patches of a frame, then among the frames at the same patch
 
 A test image is judged as a static video: F times itself.
 
-Depends on vit.py and data.py: copy this file with those two. Its training loop is in `train` below.
+Depends on vit.py and data.py: copy this file with those two. Its training loop is in `train`.
 
     python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 6 --out runs/mine
 
 Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the
-gate). Shape letters as in vit.py; also C clips, F frames of a clip, n different images of a clip (frames may
-repeat them).
+gate). Shape letters as in vit.py; also C clips, F frames of a clip, n different images shown in them.
 """
 
 from __future__ import annotations
@@ -48,8 +45,7 @@ class FactorisedEncoder(nn.Module):
 
     The image encoder sums up each frame in its CLS token; a temporal transformer, whose blocks start as
     copies of the image encoder's last ones, sums up those in a CLS token of its own. `ordered`: frames have
-    positions. Without them nothing tells the temporal transformer which frame came first, and any order gives
-    the same answer.
+    positions; without them any order of the frames gives the same answer.
     """
 
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
@@ -89,8 +85,8 @@ class FactorisedEncoder(nn.Module):
 class TemporalAttention(nn.Module):
     """Attention among the F tokens at the same place of a clip's frames, added to an image encoder's block.
 
-    It starts as a copy of that block's attention behind a gate that is shut (zero), so the network starts as
-    the image encoder it was made from, and opens the gate, channel by channel, as far as other frames help.
+    It starts as a copy of that block's attention behind a gate that is shut (zero): the network starts as the
+    image encoder it was made from and opens the gate, channel by channel, as far as other frames help.
     """
 
     def __init__(self, block: vit.Block, frames: int, ordered: bool):
@@ -100,16 +96,14 @@ class TemporalAttention(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(frames, dim)) if ordered else None
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """x: [C*F, T, D] -> what to add to it, [C*F, T, D]."""
-        CF, T, D = x.shape
-        x = x.view(-1, frames, T, D)  # [C, F, T, D]
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [C, F, T, D] -> what to add to it, [C, F, T, D]."""
+        C, F, T, D = x.shape
         x = x.transpose(1, 2).flatten(0, 1)  # [C, T, F, D] -> [C*T, F, D]
         if self.positions is not None:
             x = x + self.positions
         update, _ = self.attn(self.norm(x))  # [C*T, F, D]
-        update = update.view(-1, T, frames, D).transpose(1, 2)  # [C, T, F, D] -> [C, F, T, D]
-        return self.gate * update.reshape(CF, T, D)  # [C*F, T, D]
+        return self.gate * update.view(C, T, F, D).transpose(1, 2)  # [C, F, T, D]
 
 
 class FactorisedAttention(nn.Module):
@@ -140,13 +134,13 @@ class FactorisedAttention(nn.Module):
         for block in self.encoder.blocks[:spatial]:
             alone = block(alone)
         x = data.take(alone.unflatten(0, (C, n)), shown)  # [C, F, T, D]
-        x, frames = x.flatten(0, 1), x.shape[1]  # [C*F, T, D]
         for block, temporal in zip(self.encoder.blocks[spatial:], self.temporal):
-            x = x + block.attn(block.norm1(x))[0]
-            x = x + temporal(x, frames)
+            update, _ = block.attn(block.norm1(x).flatten(0, 1))  # [C*F, T, D]
+            x = x + update.view(x.shape)
+            x = x + temporal(x)
             x = x + block.mlp(block.norm2(x))
             alone = block(alone)
-        cls = self.encoder.norm(x)[:, 0].unflatten(0, (C, frames))  # [C, F, D]
+        cls = self.encoder.norm(x)[:, :, 0]  # [C, F, D]
         each = self.encoder.norm(alone)[:, 0].unflatten(0, (C, n))  # [C, n, D]
         return self.head(cls.mean(dim=1)), self.frame_head(each)
 
@@ -157,11 +151,10 @@ MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 # Clips
 #
 # 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right.
-# Trained on that alone, the network stops at "half of them", and the loss, already small, no longer says what
-# is wrong with any single image. A static video has no other images to vote with, and no training clip looked
-# like it. Hence two additions: every image must also be classified by itself (--frame-loss; weight 16, as the
-# clip's loss speaks for 16 images), and clips have a random number of different images (--repeats), from a
-# static video to 16.
+# Trained on that alone, the network stops there: the loss is small and no longer says what is wrong with any
+# single image. But a static video has no other images to vote with. Hence two additions: every image must
+# also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and clips
+# have a random number of different images (--repeats), from a static video to 16.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -239,10 +232,10 @@ def train(args: argparse.Namespace) -> None:
         for index in clips.to(machine.device):  # [C, F]
             y = labels[index[:, 0]]  # [C]
             x = data.crop_flip(images[index.flatten()], run.generator)  # [C*F, 3, S, S]
-            x = x.unflatten(0, index.shape)  # [C, F, 3, S, S]
             # to CutMix a clip is one image of F * 3 channels, so all its frames get the same rectangle
-            mixed, other, kept = data.cutmix(x.flatten(1, 2), y, run.generator, args.cutmix)  # [C, F*3, S, S]
-            x = mixed.view(x.shape)
+            x = x.unflatten(0, index.shape).flatten(1, 2)  # [C, F*3, S, S]
+            x, other, kept = data.cutmix(x, y, run.generator, args.cutmix)
+            x = x.unflatten(1, (args.frames, 3))  # [C, F, 3, S, S]
             shown = in_order
             if args.repeats:
                 shown = random_repeats(args.clips, args.frames, machine.device, run.generator)

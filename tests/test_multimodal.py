@@ -575,7 +575,6 @@ def test_mistakes_are_one_sentence(finished, tmp_path):
     fuse = "multimodal.py fuse --captions OUT/captions_tiny.jsonl"
     for line, sentence in [
         ("multimodal.py caption --captioner tiny --beams 2", "made with another beams"),
-        ("multimodal.py caption --captioner blip --seen", "BLIP has not seen"),
         (f"{embed} --clip local-dir:{tmp_path}", "multimodal.py tiny` trains one"),
         (f"{embed} --clip ViT-B-32 --clip-weights no/such/file", "name a file with --clip-weights"),
         ("multimodal.py tiny --checkpoint OUT/m.pt --folds 1", "at least 2"),
