@@ -98,20 +98,20 @@ def filled(template: str, runs: dict[str, dict]) -> str:
 
 
 def whole_table(runs: dict[str, dict]) -> str:
-    """Every row, with the row it has to beat, its times and its command."""
+    """Every row, with the row it has to beat, its times and its command; empty: no stage of that profile."""
     lines = ["| row | what it is | report | laptop | full | control | time, laptop | time, full | command |"]
     lines.append("|---|---|---:|---:|---:|---|---:|---:|---|")
     for row, (what, *controls) in analysis.TABLE.items():
         numbers = [number(runs, profile, row) for profile in ("report", "laptop", "full")]
-        if row == "m_best_probe" or (set(numbers) == {"not measured"}):
+        if row == "m_best_probe" or set(numbers) == {"not measured"}:
             continue
         times = [entry(runs, profile, row, "seconds") for profile in ("laptop", "full")]
-        command = entry(runs, "laptop", row, "command")
-        if command == "not measured":
-            command = entry(runs, "full", row, "command")
-        cells = [row, what, *numbers, controls[0] if controls else "", *times, f"`{command}`"]
-        cells[2] = cells[2].replace("not measured", "")
-        lines.append("| " + " | ".join(cells) + " |")
+        commands = [entry(runs, profile, row, "command") for profile in ("laptop", "full")]
+        command = next((f"`{command}`" for command in commands if command != "not measured"), "not measured")
+        cells = [row, what, *numbers, controls[0] if controls else "", *times]
+        if row != "fusion_blip":
+            cells = [cell.replace("not measured", "") for cell in cells]
+        lines.append("| " + " | ".join([*cells, command]) + " |")
     return "\n".join(lines)
 
 
