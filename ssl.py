@@ -132,7 +132,8 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            target = augment(images[index], run.generator)  # [R, 3, S, S], what has to be painted
+            # what has to be painted is the cropped image as it is before patches are blacked out and turned
+            target = augment(images[index], run.generator)  # [R, 3, S, S]
             x, masked, _, angle = data.patch_augment(target, run.generator, patch, to_mask, to_turn, args.gap)
             if args.pretext == "image-rotation":
                 x = data.turn(x, angle)
