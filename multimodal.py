@@ -364,12 +364,12 @@ def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, T
     """What CLIP makes of a caption: its L words as CLIP reads them, joined by spaces, and a unit vector for
     each in CLIP's joint space, [L, E]. The last, the end-of-text token's, is what CLIP itself takes for the
     whole caption (its encode_text)."""
-    tokens = tokenizer(captions)  # [u, context length], padded with zeros behind the end-of-text token,
-    length = tokens.argmax(dim=1) + 1  # which is the largest number
-    seen = []
-    handle = model.ln_final.register_forward_hook(lambda _, __, states: seen.append(states))
-    model.encode_text(tokens.to(next(model.parameters()).device))
-    handle.remove()
+    tokens = tokenizer(captions)  # [u, context length]
+    length = tokens.argmax(dim=1) + 1  # the end-of-text token is the largest number; behind it are zeros
+    seen = []  # what encode_text has for every word before it picks the last
+    hook = model.ln_final.register_forward_hook(lambda _, __, states: seen.append(states))
+    model.encode_text(tokens.to(model.text_projection.device))
+    hook.remove()
     states = F.normalize(seen[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
     found = {}
     for caption, ids, state, n in zip(captions, tokens.tolist(), states.cpu(), length.tolist()):
@@ -660,8 +660,7 @@ def fuse(args: argparse.Namespace) -> None:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
-    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
-    clip, embedded = read_embeddings(path)
+    clip, embedded = read_embeddings(pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz"))
     if not embedded.keys() >= set(captions.values()):
         command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
         sys.exit(f"not all of these captions are embedded; `{command}` does it")
@@ -669,21 +668,21 @@ def fuse(args: argparse.Namespace) -> None:
     base = video.load_video(start)
     machine = vit.Machine(args.device, args.precision, args.seed)
     splits = load_captioned(args, captions, embedded, machine.device)
-    # what also makes it another run: whose embeddings, and the start
-    also = {"clip": clip, "blocks": len(base.blocks), "checkpoint": vit.fingerprint(start)}
-    stem = f"fusion_{header['captioner']}"
-    stem += "_1" if len(base.blocks) == 1 else ""
-    stem += "_seen" if header.get("seen") else ""
-    stem += "_tokens" if args.text == "tokens" else ""
+    text_dim = splits["train"].states.shape[2]
+    usual = f"fusion_{header['captioner']}"
+    usual += "_1" if len(base.blocks) == 1 else ""
+    usual += "_seen" if header.get("seen") else ""
+    usual += "_tokens" if args.text == "tokens" else ""
 
     for control in args.control:
-        name = args.name or (stem if control == "none" else f"{stem}_{control}")
+        name = args.name or (usual if control == "none" else f"{usual}_{control}")
+        # what also makes it another run: whose embeddings, and the start
+        also = {"clip": clip, "blocks": len(base.blocks), "checkpoint": vit.fingerprint(start)}
         also["control"] = None if control == "none" else control
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        text_dim = own["train"].states.shape[2]
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
         model.to(machine.device)
         run = train_fusion(args, name, model, own["train"], own["validation"], also, machine)
