@@ -199,8 +199,9 @@ def describe(model, processor, images: Tensor, beams: int, longest: int, machine
     """The captions, of at most `longest` tokens each, of uint8 images [n, 3, S, S]."""
     longest = min(longest, model.config.text_config.max_position_embeddings - 1)
     pixels = pixel_values(processor, images).to(model.dtype)
-    on_cpu = machine.device.type == "cpu"  # elsewhere the weights themselves are in the precision chosen
-    with torch.no_grad(), machine.autocast() if on_cpu else contextlib.nullcontext():
+    # elsewhere than on the CPU the weights themselves are in the precision chosen
+    precision = machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext()
+    with torch.no_grad(), precision:
         tokens = model.generate(pixel_values=pixels, num_beams=beams, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -277,8 +278,8 @@ def captions_before(path: pathlib.Path, header: dict) -> dict:
 def caption(args: argparse.Namespace) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class.
 
-    tiny: image i is captioned by the small BLIP of fold i % folds, which has not seen it in training (see
-    Part 4), with --seen by the next one, which has.
+    Of several models, the small BLIPs, that of fold i % folds captions image i: it has not seen it in
+    training (see Part 4). With --seen the next one does, which has.
     """
     machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
     name = f"captions_{args.captioner}"
@@ -319,14 +320,12 @@ def caption(args: argparse.Namespace) -> None:
         if left:
             write_captions(path, header, captions)
 
-    row = {}
-    for split in ("train", "validation", args.split):
-        truth = labels[split]
-        named = [named_class(captions[split, i], about.classes) for i in range(len(truth))]
+    row = {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
+    for split in ("train", "validation", args.split):  # test: only if asked
+        named = [named_class(captions[split, i], about.classes) for i in range(len(labels[split]))]
         named = torch.tensor(named)  # [n]
-        row[f"{split}_right"] = (named == truth).float().mean().item()
+        row[f"{split}_right"] = (named == labels[split]).float().mean().item()
         row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
-    row |= {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
     vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
 
 
@@ -550,10 +549,9 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: l
             right = (guess.argmax(dim=2) == target).float()  # [B, L + 1]
             run.log(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the second word is the class
         run.save()
-    if vit.RANK > 0:
-        return
-    for part in (model, processor):
-        part.save_pretrained(f"{args.out}/tiny_blip_{fold}")
+    if vit.RANK == 0:
+        model.save_pretrained(f"{args.out}/tiny_blip_{fold}")
+        processor.save_pretrained(f"{args.out}/tiny_blip_{fold}")
 
 
 SMALL_CLIP = {

@@ -119,7 +119,8 @@ def paint_loss(painted: Tensor, images: Tensor, masked: Tensor, patch: int) -> T
 def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine: vit.Machine):
     """Train Model M on its task, or half of it, and InfoNCE beside it where asked for; writes out/NAME.pt."""
     patch = encoder.config["patch_size"]
-    to_mask, to_turn = (round(part * encoder.patches) for part in TASKS[args.pretext])
+    masked_share, turned_share = TASKS[args.pretext]
+    to_mask, to_turn = round(masked_share * encoder.patches), round(turned_share * encoder.patches)
     print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {to_turn} others turned")
     names_angle, paints = args.pretext != "masking", to_mask > 0
     augment = two_views if args.contrast else data.crop_flip
@@ -312,8 +313,8 @@ def probe(args: argparse.Namespace) -> None:
         if path == "untrained":
             encoder = vit.make_encoder(None, args.patch, args.dim, args.stem).to(machine.device)
         elif path != "pixels":
-            encoder = vit.make_encoder(path, args.patch, args.dim, args.stem).to(machine.device)
             training = vit.read_checkpoint(path)
+            encoder = vit.make_encoder(path, args.patch, args.dim, args.stem).to(machine.device)
         read = {split: features(encoder, x, machine) for split, x in images.items()}
         row = best_probe(read, labels, args.split)
         row |= {"report": REPORTED.get(names[path]), "weights": vit.fingerprint(path)}

@@ -291,7 +291,8 @@ def same_class_accuracy(model, images, labels, different: int, frames: int, seed
 def clips_for_the_figure(model: FactorisedEncoder, images: Tensor, labels: Tensor, frames: int) -> dict:
     """The first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers."""
     index = torch.stack([(labels == k).nonzero()[:frames, 0] for k in labels.unique()])  # [K, F]
-    shown, trace = torch.arange(frames, device=images.device).expand(len(index), -1), []
+    shown = torch.arange(frames, device=images.device).expand(len(index), -1)  # [K, F]
+    trace = []
     with torch.no_grad():
         logits, each = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
     weights = trace[-1]["weights"].mean(dim=1)[:, 0]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F]

@@ -44,14 +44,9 @@ def small_fusion(**sees):
 def torch_attention(ours):
     """nn.MultiheadAttention with our weights."""
     theirs = nn.MultiheadAttention(D, ours.heads, batch_first=True).eval()
-    theirs.load_state_dict(
-        {
-            "in_proj_weight": torch.cat([ours.q.weight, ours.kv.weight]),
-            "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
-            "out_proj.weight": ours.proj.weight,
-            "out_proj.bias": ours.proj.bias,
-        }
-    )
+    theirs.in_proj_weight = nn.Parameter(torch.cat([ours.q.weight, ours.kv.weight]))
+    theirs.in_proj_bias = nn.Parameter(torch.cat([ours.q.bias, ours.kv.bias]))
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
     return theirs
 
 
@@ -62,9 +57,8 @@ def test_cross_attention_equals_multihead_attention_with_padding():
     ours, x, text = randomise(multimodal.CrossAttention(D, 4)), torch.randn(3, 5, D), torch.randn(3, 7, D)
     real = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
     out, weights = ours(x, text, real)
-    expected, expected_weights = torch_attention(ours)(
-        x, text, text, key_padding_mask=~real, average_attn_weights=False
-    )
+    options = {"key_padding_mask": ~real, "average_attn_weights": False}
+    expected, expected_weights = torch_attention(ours)(x, text, text, **options)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(weights, expected_weights)
     text[~real] = 100.0
@@ -89,12 +83,8 @@ def test_cross_block_equals_a_pre_norm_decoder_layer_without_self_attention():
     theirs = nn.TransformerDecoderLayer(D, 4, 4 * D, 0.0, "gelu", batch_first=True, norm_first=True).eval()
     nn.init.zeros_(theirs.self_attn.out_proj.weight)
     theirs.multihead_attn = torch_attention(ours.attn)
-    theirs.norm2, theirs.norm3, theirs.linear1, theirs.linear2 = (
-        ours.norm1,
-        ours.norm2,
-        ours.mlp[0],
-        ours.mlp[2],
-    )
+    theirs.norm2, theirs.norm3 = ours.norm1, ours.norm2
+    theirs.linear1, theirs.linear2 = ours.mlp[0], ours.mlp[2]
     torch.testing.assert_close(ours(x, text), theirs(x, ours.norm_text(text)))
 
 
@@ -172,12 +162,8 @@ def test_the_class_named_in_a_caption(caption, name):
 def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
     about = {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    lines = [
-        json.dumps(about),
-        json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"}),
-        '{"split": "train", "ind',
-    ]
-    path.write_text("\n".join(lines))
+    whole = json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"})
+    path.write_text(f'{json.dumps(about)}\n{whole}\n{{"split": "train", "ind')
     assert multimodal.read_captions(path) == (about, {("train", 0): "a \u00e9l\u00e9phant"})
     for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
         path.write_text(content)
@@ -259,9 +245,8 @@ def test_enlarged_images_get_positions_in_between():
     """The library can interpolate positions while it runs; ours, interpolated beforehand, give the same
     tokens."""
     encoder, images = randomise(vit.ViT(dim=D, depth=1)), data.synthetic(4)[0]
-    (plain, _), (enlarged, processor) = (
-        multimodal.small_blip(encoder, data.CLASSES, size) for size in (32, 48)
-    )
+    plain, _ = multimodal.small_blip(encoder, data.CLASSES, 32)
+    enlarged, processor = multimodal.small_blip(encoder, data.CLASSES, 48)
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (4, 3, 48, 48)
     found = enlarged.eval().vision_model(pixel_values=pixels).last_hidden_state  # [4, 1 + 36, D]
@@ -296,19 +281,13 @@ def test_an_open_clip_checkpoint_is_loaded_from_a_folder_and_from_a_file(tmp_pat
     saved = small_clip(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(multimodal.SMALL_CLIP))
     open_clip.add_model_config(tmp_path / "small.json")
-    for name, weights in (
-        (f"local-dir:{tmp_path}", None),
-        ("small", str(tmp_path / "open_clip_pytorch_model.bin")),
-    ):
+    kinds = [(f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin"))]
+    for name, weights in kinds:
         model, tokenizer = multimodal.load_clip(name, weights)
         tokens = tokenizer(["a cat", "two dogs on a red boat"])
         torch.testing.assert_close(model.encode_text(tokens), saved.encode_text(tokens))
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"not weights")
-    for name, weights in (
-        (f"local-dir:{tmp_path}", None),
-        ("small", str(tmp_path / "open_clip_pytorch_model.bin")),
-        ("no such model", None),
-    ):
+    for name, weights in [*kinds, ("no such model", None)]:
         with pytest.raises(SystemExit, match="can't load the CLIP"):
             multimodal.load_clip(name, weights)
 
@@ -437,44 +416,17 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
     """Other labels for the images of fold 0 change nothing in the captioner of fold 0, and everything in
     that of fold 1."""
     encoder = vit.ViT(dim=D, depth=1)
-    torch.save(
-        {
-            "config": encoder.config,
-            "epoch": 1,
-            "settings": {"stage": "pretrain"},
-            "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
-        },
-        tmp_path / "m.pt",
-    )
+    state = {"config": encoder.config, "epoch": 1, "settings": {"stage": "pretrain"}}
+    state["model"] = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save(state, tmp_path / "m.pt")
     images, labels = data.synthetic(128)
     weights = []
     for change in (0, 1):
         other = torch.where(torch.arange(128) % 2 == 0, (labels + change) % 10, labels)
         monkeypatch.setattr(data, "load", lambda *_, other=other: (images, other))
-        args = argparse.Namespace(
-            out=tmp_path / str(change),
-            data="synthetic",
-            limit=None,
-            device="cpu",
-            precision="float32",
-            seed=0,
-            dim=None,
-            patch=None,
-            stem=False,
-            checkpoint=tmp_path / "m.pt",
-            folds=2,
-            enlarge=32,
-            frozen=None,
-            epochs=1,
-            batch=32,
-            lr=1e-3,
-            warmup=0,
-            weight_decay=0.0,
-            fresh=False,
-            keep_epochs=False,
-        )
-        multimodal.tiny(args)
-        weights.append([vit.read_checkpoint(args.out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
+        out = tmp_path / str(change)
+        stage(f"multimodal.py tiny --checkpoint {tmp_path}/m.pt --enlarge 32 {FAST}", out)
+        weights.append([vit.read_checkpoint(out / f"tiny_blip_{fold}.pt")["model"] for fold in (0, 1)])
     same = [all(torch.equal(v, b[k]) for k, v in a.items()) for a, b in zip(*weights)]
     assert same == [True, False]
 

@@ -13,6 +13,7 @@ import video
 import vit
 
 F = 4  # frames
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same sums in another order
 
 
 def small(kind, blocks=1, ordered=True):
@@ -51,14 +52,8 @@ def pretrained(tmp_path_factory):
 def torch_attention(ours, x):
     """nn.MultiheadAttention with our weights: [B, T, D] -> [B, T, D]."""
     theirs = nn.MultiheadAttention(x.shape[-1], ours.heads, batch_first=True).eval()
-    theirs.load_state_dict(
-        {
-            "in_proj_weight": ours.qkv.weight,
-            "in_proj_bias": ours.qkv.bias,
-            "out_proj.weight": ours.proj.weight,
-            "out_proj.bias": ours.proj.bias,
-        }
-    )
+    theirs.in_proj_weight, theirs.in_proj_bias = ours.qkv.weight, ours.qkv.bias
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
     return theirs(x, x, x)[0]
 
 
@@ -71,31 +66,23 @@ def test_divided_attention_equals_multihead_attention_over_patches_then_over_fra
         for c in range(len(x)):
             h = model.encoder.embed(x[c])  # [F, T, D]
             for i, block in enumerate(model.encoder.blocks):
-                h = torch.stack(
-                    [h[f] + torch_attention(block.attn, block.norm1(h[f])[None])[0] for f in range(F)]
-                )
+                h = h + torch.cat([torch_attention(block.attn, block.norm1(h[f : f + 1])) for f in range(F)])
                 if i >= 3 - blocks:
                     t = model.temporal[i - (3 - blocks)]
-                    # [F, D] each
-                    places = [
-                        torch_attention(t.attn, t.norm(h[:, p] + t.positions)[None])[0]
-                        for p in range(h.shape[1])
-                    ]
+                    places = [t.norm(h[:, p] + t.positions)[None] for p in range(17)]  # [1, F, D] each
+                    places = [torch_attention(t.attn, place)[0] for place in places]  # [F, D] each
                     h = h + torch.stack(places, dim=1)  # the gates are one
                 h = h + block.mlp(block.norm2(h))
             cls = model.encoder.norm(h)[:, 0]  # [F, D]
-            torch.testing.assert_close(found[c], model.head(cls.mean(dim=0)), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(
-                each[c], model.frame_head(model.encoder(x[c])[:, 0]), rtol=1e-4, atol=1e-5
-            )
+            alone = model.frame_head(model.encoder(x[c])[:, 0])
+            torch.testing.assert_close(found[c], model.head(cls.mean(dim=0)), **CLOSE)
+            torch.testing.assert_close(each[c], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
     model, x = small("encoder", blocks), clips()
-    layer = nn.TransformerEncoderLayer(
-        32, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True
-    )
+    layer = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
     theirs = nn.TransformerEncoder(layer, blocks, norm=nn.LayerNorm(32), enable_nested_tensor=False).eval()
     names = {
         "self_attn.in_proj_": "attn.qkv.",
@@ -113,9 +100,7 @@ def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
     with torch.no_grad():
         cls = torch.stack([model.encoder(clip)[:, 0] for clip in x]) + model.positions  # [C, F, D]
         x_in = torch.cat([model.cls.expand(len(x), -1, -1), cls], dim=1)
-        torch.testing.assert_close(
-            model(x, in_order(x))[0], model.head(theirs(x_in)[:, 0]), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(model(x, in_order(x))[0], model.head(theirs(x_in)[:, 0]), **CLOSE)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,9 +119,7 @@ def test_divided_attention_starts_as_model_m_on_each_frame(blocks):
         assert all(torch.equal(a, b) for a, b in zip(temporal.attn.parameters(), block.attn.parameters()))
     logits, _ = model(x, in_order(x))
     logits.square().sum().backward()
-    assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), (
-        "a gate that gets no gradient would stay shut"
-    )
+    assert all(t.gate.grad.abs().min() > 0 for t in model.temporal), "without a gradient it would stay shut"
 
 
 def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
@@ -153,10 +136,9 @@ def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
 def test_a_batch_of_clips_gives_what_the_clips_give_one_by_one(kind):
     model, x = small(kind, 2), clips()
     with torch.no_grad():
-        for together, alone in zip(
-            model(x, in_order(x)), zip(*(model(clip[None], in_order(x)[:1]) for clip in x))
-        ):
-            torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+        one_by_one = [model(clip[None], in_order(x)[:1]) for clip in x]
+        for together, alone in zip(model(x, in_order(x)), zip(*one_by_one)):
+            torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
 
 
 @both
@@ -205,9 +187,7 @@ def test_an_image_shown_in_several_frames_is_what_copies_of_it_are(kind, images)
     shown = (torch.arange(F) % images).expand(3, -1)
     with torch.no_grad():
         copies = x[:, shown[0]]
-        torch.testing.assert_close(
-            model(x, shown)[0], model(copies, in_order(copies))[0], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(model(x, shown)[0], model(copies, in_order(copies))[0], **CLOSE)
 
 
 @both
@@ -217,7 +197,7 @@ def test_predict_shows_the_images_in_turn_until_the_clip_is_full(kind):
     with torch.no_grad():
         by_hand = [images[torch.tensor([shown])] / 255 for shown in ([4, 1, 4, 1], [0, 5, 0, 5])]
         by_hand = torch.cat([model(x, in_order(x))[0] for x in by_hand])
-    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, by_hand, **CLOSE)
 
 
 def test_balanced_steps_hold_every_class_once_and_no_image_twice():
@@ -241,16 +221,12 @@ def test_steps_that_are_not_balanced_use_every_whole_clip_in_random_order():
 
 def test_random_repeats_show_1_to_f_images_as_evenly_as_they_go():
     shown = video.random_repeats(2000, F, torch.device("cpu"), torch.Generator().manual_seed(0))
-    # [clips, F], how often each image is shown
-    counts = torch.stack([row.bincount(minlength=F) for row in shown])
+    counts = torch.stack([row.bincount(minlength=F) for row in shown])  # [clips, F]: how often each image
     different = (counts > 0).sum(dim=1)
     for n in range(1, F + 1):
         some = counts[different == n]
-        assert (
-            400 < len(some) < 600
-            and (some[:, n:] == 0).all()
-            and (some[:, :n].amax(1) - some[:, :n].amin(1) <= 1).all()
-        )
+        assert 400 < len(some) < 600 and (some[:, n:] == 0).all()
+        assert (some[:, :n].amax(1) - some[:, :n].amin(1) <= 1).all()
     assert (shown[:, 0] > 0).any(), "frames come in random order"
 
 
@@ -299,19 +275,8 @@ def test_cutmix_gives_all_frames_of_a_clip_one_rectangle_of_one_other_clip(tmp_p
     images, labels = data.synthetic(400)
     plain = (25 * labels).to(torch.uint8)[:, None, None, None].expand_as(images)  # a colour per class
     monkeypatch.setattr(data, "load", lambda *_: (plain, labels))
-    call(
-        "video.py",
-        "--checkpoint",
-        pretrained,
-        "--cutmix",
-        1,
-        "--no-repeats",
-        "--epochs",
-        1,
-        "--out",
-        tmp_path,
-        *TINY,
-    )
+    options = ["--cutmix", 1, "--no-repeats", "--epochs", 1, "--out", tmp_path]
+    call("video.py", "--checkpoint", pretrained, *options, *TINY)
     mixed = 0
     for clip in torch.cat(seen):  # [F, 3, 32, 32]
         colours = clip.unique()
@@ -332,9 +297,8 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     command = ["video.py", "--checkpoint", pretrained, "--epochs", 1, "--out", tmp_path, *TINY]
     for model, blocks in (("encoder", 1), ("encoder", 2), ("divided", 1)):
         call(*command, "--model", model, "--blocks", blocks)
-    call(
-        *command, "--clips", 1, "--no-balanced", "--no-repeats", "--frame-loss", 0, "--name", "video_report_1"
-    )
+    report_clips = "--clips 1 --no-balanced --no-repeats --frame-loss 0 --name video_report_1"
+    call(*command, *report_clips.split())
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"video_encoder_1", "video_encoder_2", "video_divided_1", "video_report_1"} == rows.keys()
     for row in rows.values():
@@ -351,19 +315,8 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
 def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
     """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by
     a new process."""
-    command = [
-        "video.py",
-        "--checkpoint",
-        pretrained,
-        "--frames",
-        4,
-        "--no-positions",
-        "--cutmix",
-        1,
-        "--epochs",
-        2,
-        *TINY,
-    ]
+    options = "--frames 4 --no-positions --cutmix 1 --epochs 2".split()
+    command = ["video.py", "--checkpoint", pretrained, *options, *TINY]
     call(*command, "--out", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -375,9 +328,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
         call(*command, "--out", tmp_path / "parts", code=130)
     assert "going on after epoch 1" in call(*command, "--out", tmp_path / "parts")
     whole, parts = (vit.read_checkpoint(tmp_path / p / "video_encoder_1.pt") for p in ("whole", "parts"))
-    assert whole["history"] == parts["history"] and all(
-        torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"]
-    )
+    assert whole["history"] == parts["history"]
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
     assert "measured before" in call(*command, "--out", tmp_path / "parts")
     images, labels = data.load("synthetic", "train", limit=400)
     sampler = data.SameClassBatchSampler(labels, 4)
