@@ -166,6 +166,8 @@ def pretrain(args: argparse.Namespace) -> None:
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, _ = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.init, args.patch, args.dim, args.stem)
+    if 2 * args.gap >= encoder.config["patch_size"]:
+        sys.exit(f"--gap {args.gap} leaves nothing of a patch; choose a smaller one")
     if args.task == "infonce":
         pretrain_infonce(args, encoder, images, machine)
     else:

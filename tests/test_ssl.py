@@ -242,6 +242,7 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
         ("ssl.py probe --checkpoint nowhere.pt --data synthetic --limit 100", 1, "no checkpoint nowhere.pt"),
         ("ssl.py pretrain --task m --data synthetic --limit 10", 1, "choose a smaller batch"),
         ("ssl.py pretrain --task m --data synthetic --limit 10 --patch 5", 1, "5-pixel patches"),
+        ("ssl.py pretrain --task m --patch 4 --gap 2 --data synthetic --limit 10", 1, "leaves nothing"),
         ("ssl.py finetune --labels 0.01 --data synthetic --limit 100", 1, "leaves 1; at least 10"),
         ("analysis.py report", 1, "no rows of the validation split yet"),
     ],
