@@ -43,6 +43,7 @@ def test_the_pages_numbers_are_those_of_results_json():
     template = (ROOT / "results" / "report.template.md").read_text()
     assert len(publish.PLACEHOLDER.findall(template)) > 100
     assert PAGES[1].read_text() == publish.filled(template, RUNS), "python results/publish.py writes it anew"
+    assert "{" not in PAGES[1].read_text(), "a placeholder that publish.py does not know"
     assert publish.short_table(RUNS) in PAGES[0].read_text(), "python results/publish.py writes it anew"
 
 
