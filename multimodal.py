@@ -400,7 +400,7 @@ def embed(args: argparse.Namespace) -> None:
     model, tokenizer = load_clip(name, args.clip_weights)
     model.visual = None  # only the text tower is used
     model.to(machine.device)
-    progress = vit.Progress("captions embedded", len(new))
+    progress = vit.Progress("captions", len(new))
     for start in range(0, len(new), 256):
         some = new[start : start + 256]
         embedded |= embed_words(model, tokenizer, some)

@@ -449,21 +449,21 @@ def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, ste
 class Progress:
     """A line that says how much of `total` is done, how fast it goes, and how long the rest will take."""
 
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, unit: str, total: int):
+        self.unit, self.total, self.done = unit, total, 0
         self.started = self.shown = time.perf_counter()
 
     def advance(self, pieces: int) -> None:
         """So many more are done."""
         self.done += pieces
-        self.show(f"{self.done:,} of {self.total:,} {self.what}", self.done == self.total)
+        self.show(f"{self.done:,} of {self.total:,}", self.done == self.total)
 
     def show(self, text: str, last: bool = False) -> None:
         """Draw `text`, speed and time left over the line before; a log (no terminal) gets the last only."""
         self.shown = time.perf_counter()
         rate = self.done / (self.shown - self.started)
         left = round((self.total - self.done) / rate)
-        line = f"{text} {rate:.0f}/s  {left // 60}:{left % 60:02} left"
+        line = f"{text}  {rate:.0f} {self.unit}/s  {left // 60}:{left % 60:02} left"
         width = shutil.get_terminal_size().columns - 1
         if sys.stdout.isatty():
             print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
@@ -567,7 +567,7 @@ class Run:
     def show(self, metrics: dict[str, float], last: bool = False) -> None:
         """The progress line, with so many metrics."""
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
-        self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}  images", last)
+        self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}", last)
 
     def save(self, **extra: float) -> None:
         """End an epoch: show and keep its means and `extra` metrics; write the checkpoint."""

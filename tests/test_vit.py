@@ -328,7 +328,7 @@ def test_progress_lines_fit_the_terminal(monkeypatch, capsys):
     progress.done = 8
     progress.show("x" * 200)
     progress.advance(392)
-    line = "400 of 400 pieces 100/s  0:00 left"
+    line = "400 of 400  100 pieces/s  0:00 left"
     assert capsys.readouterr().out == "\r" + "x" * 79 + "\r" + f"{line:<79}" + "\n"
 
 
@@ -338,7 +338,7 @@ def test_minutes_have_sixty_seconds(left, text, monkeypatch, capsys):
     progress = vit.Progress("pieces", 1 + left)
     progress.done = 1
     progress.show("tea", last=True)
-    assert capsys.readouterr().out == f"tea 1/s  {text} left\n"
+    assert capsys.readouterr().out == f"tea  1 pieces/s  {text} left\n"
 
 
 @pytest.mark.parametrize("name", ["data.py", "ssl.py", "analysis.py"])
