@@ -321,15 +321,16 @@ def chart(
 
     def at(place: float, value: float) -> tuple[float, float]:
         """Where in the box a point lies."""
-        right = left + width * (place - 1) / max(1, end - 1)
-        return right, 6 + height * (high - value) / (high - low)
+        return left + width * (place - 1) / max(1, end - 1), 6 + height * (high - value) / (high - low)
 
     for value in round_ticks(low, high):
-        draw.line([at(1, value), at(end, value)], fill=LIGHT)
+        y = at(1, value)[1]
+        draw.line([(left, y), (left + width, y)], fill=LIGHT)
         label = f"{100 * value:g} %" if percent else f"{value:g}"
-        draw.text((left - 6, at(1, value)[1]), label, fill=GREY, font=font, anchor="rm")
+        draw.text((left - 6, y), label, fill=GREY, font=font, anchor="rm")
     if places is None:
-        places = {round(place): f"{place:g}" for place in round_ticks(1, max(end, 2), 7) if place % 1 == 0}
+        whole = [round(place) for place in round_ticks(1, max(end, 2), 7) if place % 1 == 0]
+        places = {place: str(place) for place in whole if place <= end}
     for place, label in places.items():
         draw.text((at(place, low)[0], height + 12), label, fill=GREY, font=font, anchor="ma")
     for name, line in lines.items():
