@@ -767,7 +767,7 @@ def movie(args: argparse.Namespace) -> None:
     target, scenes = pathlib.Path(args.out) / "figures" / "learning.gif", scenes_of(pathlib.Path(args.out))
     if len(scenes) == 1:
         return print(f"{target}: not drawn; `python ssl.py pretrain ... --keep-epochs` keeps what it shows")
-    made_from = vit.fingerprint(*(path for _, path in scenes[1:]))
+    made_from = vit.fingerprint(__file__, *(path for _, path in scenes[1:]))
     if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
         return print(f"{target}: drawn before", flush=True)
 
@@ -780,9 +780,8 @@ def movie(args: argparse.Namespace) -> None:
     for what, path in scenes:
         encoder = vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)
         encoder.to(machine.device).eval()
-        guess = nearest_neighbours(
-            cls_of(encoder, images, machine), cls_of(encoder, train, machine), train_labels
-        )
+        queries, keys = cls_of(encoder, images, machine), cls_of(encoder, train, machine)
+        guess = nearest_neighbours(queries, keys, train_labels)
         with torch.no_grad(), machine.autocast():
             tokens = encoder(images[shown].float() / 255).float()  # [K, T, D]
         cosines.append(token_similarity(tokens)[:, 0, 1:].cpu().numpy())  # [K, N]

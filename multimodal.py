@@ -15,7 +15,7 @@ Part 5, fusion and its controls:         does the caption help, or does it merel
 Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
 and vit.init_linear.) `tiny` is for where BLIP and CLIP can't be downloaded:
 
-    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2
+    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 4 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
     python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
     python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 2
