@@ -301,7 +301,9 @@ class Machine:
 
     def autocast(self):
         """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        if self.precision == "float32":
+            return contextlib.nullcontext()  # not every device knows autocast, even disabled
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 def find_device(asked: str) -> torch.device:

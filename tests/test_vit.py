@@ -401,6 +401,8 @@ def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
 
     monkeypatch.setattr(torch, "autocast", autocast)
     assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
+    with vit.Machine("cpu").autocast():  # and autocast is left alone from then on
+        torch.ones(2, 2) @ torch.ones(2, 2)
 
 
 def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_the_threads_as_they_were():
