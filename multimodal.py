@@ -549,9 +549,14 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: l
             right = (guess.argmax(dim=2) == target).float()  # [B, L + 1]
             run.log(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the second word is the class
         run.save()
-    if vit.RANK == 0:
-        model.save_pretrained(f"{args.out}/tiny_blip_{fold}")
-        processor.save_pretrained(f"{args.out}/tiny_blip_{fold}")
+    if vit.RANK > 0:
+        return
+    folder = f"{args.out}/tiny_blip_{fold}"
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except Exception as error:  # a full disk; the library raises several kinds
+        sys.exit(f"can't write {folder} ({error}); free some space, then type the same command")
 
 
 SMALL_CLIP = {

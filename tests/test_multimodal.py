@@ -2,6 +2,7 @@
 commands."""
 
 import argparse
+import errno
 import itertools
 import json
 import pathlib
@@ -10,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import call, run
 from torch import nn
 
@@ -221,6 +223,15 @@ def test_words_are_spelled_as_written_and_cut_where_clip_cuts(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_where_a_small_blip_is_written_is_one_sentence(finished, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transformers.BlipForConditionalGeneration, "save_pretrained", full)
+    text = stage(f"multimodal.py tiny --checkpoint OUT/m.pt --frozen 4 {FAST}", finished, code=1)
+    assert "can't write" in text and "No space left" in text
 
 
 def test_frozen_blocks_of_the_small_blips_stay_those_of_the_encoder(finished):
