@@ -607,6 +607,8 @@ def tiny(args: argparse.Namespace) -> None:
     machine = vit.Machine(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
+    if encoder.config["stem"]:
+        sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not")
     patch = encoder.config["patch_size"]
     if args.enlarge % patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")

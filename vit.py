@@ -252,14 +252,14 @@ def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
 
 
-def share(x: Tensor, dim: int = 0) -> Tensor:
-    """This process's part of a batch whose images lie along `dim`."""
-    if x.shape[dim] % PROCESSES:
-        sys.exit(f"{x.shape[dim]} can't be shared out evenly among {PROCESSES} processes: --batch or --clips")
-    return x.chunk(PROCESSES, dim)[RANK]
+def share(x: Tensor) -> Tensor:
+    """This process's rows of a batch x [B, ...]."""
+    if len(x) % PROCESSES:
+        sys.exit(f"{len(x)} can't be shared out evenly among {PROCESSES} processes: --batch or --clips")
+    return x.chunk(PROCESSES)[RANK]
 
 
-def gather(x: Tensor, dim: int = 0) -> Tensor:
+def gather(x: Tensor) -> Tensor:
     """The inverse of `share`: the parts of all processes, joined; a process's gradient reaches its own part.
 
     A softmax over some of the scores is no part of the softmax over all, so every process computes the whole
@@ -272,7 +272,7 @@ def gather(x: Tensor, dim: int = 0) -> Tensor:
     dist.all_gather(parts, x.detach().contiguous())
     x.register_hook(lambda gradient: gradient * PROCESSES)
     parts[RANK] = x  # the others' are constants here
-    return torch.cat(parts, dim)
+    return torch.cat(parts)
 
 
 class Machine:

@@ -225,6 +225,11 @@ def test_words_are_spelled_as_written_and_cut_where_clip_cuts(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_small_blip_can_not_start_from_an_encoder_with_a_stem(tmp_path):
+    stage(f"ssl.py pretrain --task m --dim {D} --stem {FAST}", tmp_path)
+    assert "made with --stem" in stage(f"multimodal.py tiny --checkpoint OUT/m.pt {FAST}", tmp_path, code=1)
+
+
 def test_a_full_disk_where_a_small_blip_is_written_is_one_sentence(finished, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -183,7 +183,7 @@ def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
     with pytest.raises(
         SystemExit, match="8 can't be shared out evenly among 3 processes: --batch or --clips"
     ):
-        vit.share(torch.zeros(2, 8), dim=1)
+        vit.share(torch.zeros(8))
 
 
 if __name__ == "__main__":
