@@ -103,9 +103,7 @@ def download(url: str, path: pathlib.Path, size: int) -> None:
                     file.write(chunk)
                     have = file.tell()
                     left = (size - have) * (time.perf_counter() - begun) / (have - start)
-                    print(
-                        f"\r{have / 1e6:.0f} of {size / 1e6:.0f} MB, {left:.0f} s left  ", end="", flush=True
-                    )
+                    print(f"\r{have // 10**6} of {size // 10**6} MB, {left:.0f} s left  ", end="", flush=True)
         except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise  # the disk is full, the quota spent, the folder another's
@@ -202,10 +200,8 @@ def provenance(folder: pathlib.Path) -> str:
     if not note.exists():
         return "CIFAR-10 files found on disk, origin not known"
     raw = note.read_bytes()
-    encoding = (
-        "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    )  # Windows' shells write both
-    return " ".join(raw.decode(encoding, errors="replace").split())
+    utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
+    return " ".join(raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").split())
 
 
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
