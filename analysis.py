@@ -150,7 +150,8 @@ class StreamingCKA:
             # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
             total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L], 1^T K~ 1
 
-            def row_sums(i: int, j: int) -> Tensor:  # 1^T K~ L~ 1
+            def row_sums(i: int, j: int) -> Tensor:
+                """1^T K~ L~ 1, []."""
                 return s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
 
             # hsic - aa: tr(K~ L~)
@@ -261,9 +262,9 @@ def text(words: str, size: int = 13, ink=INK, width: int | None = None, align="l
     return box
 
 
-def answer(words: str, right: bool, width: int | None = None, align="l") -> Box:
+def answer(words: str, right: bool, width: int | None = None) -> Box:
     """What a model said: blue if right, else orange and with an x, for who can't tell the two apart."""
-    return text(words if right else f"x {words}", 13, BLUE if right else ORANGE, width, align)
+    return text(words if right else f"x {words}", 13, BLUE if right else ORANGE, width)
 
 
 def grid(rows: list[list[Box | None]], gap: int = 8, x: float = 0.5, y: float = 0.5) -> Box:
@@ -511,37 +512,38 @@ def draw_cka(args: argparse.Namespace):
     number = f"{stored['images']:,} images" if "images" in stored else "all images"
     caption = f"""Plain (not debiased) linear CKA, {number} of the {args.split} split, of the residual
     stream after each attention (a1, a2, ...) and each MLP (m1, m2, ...). 1: the same similarity structure
-    over images, 0: none in common. Framed: the two ways to read the report\'s "before and after the last
+    over images, 0: none in common. Framed: the two ways to read the report's "before and after the last
     attention block", across the last attention and across the last block. Grey: CLS enters the first
     block the same for every image, so there is nothing to compare."""
     body = grid([[grid([boxes], 24)], [scale_bar(0, 1, "CKA")]], 14)
     return "Linear CKA of the CLS token along the network", caption, body
 
 
-RUNS = ["infonce", "infonce_longer", "m", "m_infonce", "m_joint", "finetune", "finetune_scratch"]
-RUNS += ["finetune_infonce_longer"]
-LOSSES = {"infonce": "InfoNCE", "m": "angle + squared error", "m_joint": "angle + squared error + InfoNCE"}
+# run -> its loss; losses of the same name can be compared, and share a panel
+LOSSES = {"infonce": "InfoNCE", "infonce_longer": "InfoNCE"}
+LOSSES |= {"m": "angle + squared error", "m_infonce": "angle + squared error"}
+LOSSES |= {"m_joint": "angle + squared error + InfoNCE", "finetune": "cross-entropy of classes"}
+LOSSES |= dict.fromkeys(["finetune_scratch", "finetune_infonce_longer"], "cross-entropy of classes")
+METRICS = {"match": "partner found", "angle": "angle named", "mse": "squared error"}
+METRICS |= {"train": "accuracy, train", "validation": "accuracy, validation"}
+
+
+def history_of(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
+    """Metric -> its mean in each epoch of a run; empty where it has no checkpoint."""
+    path = pathlib.Path(args.out) / f"{name}.pt"
+    return vit.read_checkpoint(path)["history"] if path.exists() else {}
 
 
 def draw_curves(args: argparse.Namespace):
     """Every metric that the image stages noted, epoch by epoch."""
     panels = {}  # title -> run -> its line
-    for name in RUNS:
-        path = pathlib.Path(args.out) / f"{name}.pt"
-        history = vit.read_checkpoint(path)["history"] if path.exists() else {}
-        kind = name.removesuffix("_longer") if name != "m_infonce" else "m"
-        for metric, line in history.items():
-            title = (
-                f"loss: {LOSSES.get(kind, 'cross-entropy of classes')}"  # one panel for what can be compared
-            )
-            if metric in ("train", "validation"):
-                title = f"accuracy, {metric}"
-            elif metric != "loss":
-                title = {"match": "partner found", "angle": "angle named", "mse": "squared error"}[metric]
+    for name, loss in LOSSES.items():
+        for metric, line in history_of(args, name).items():
+            title = f"loss: {loss}" if metric == "loss" else METRICS[metric]
             panels.setdefault(title, {})[name] = line
     if not panels:
         raise FileNotFoundError("no checkpoint")
-    inks = dict(zip(RUNS, COLOURS))
+    inks = dict(zip(LOSSES, COLOURS))
     boxes = []
     for title, lines in panels.items():
         is_share = not title.startswith(("loss", "squared"))
@@ -615,11 +617,10 @@ def draw_video(args: argparse.Namespace):
     boxes = [chart("accuracy by different images", lines, "different images in the clip", True, places, inks)]
     lines = {}
     for name in ("encoder_1", "encoder_2"):
-        path = pathlib.Path(args.out) / f"video_{name}.pt"
-        history = vit.read_checkpoint(path)["history"] if path.exists() else {}
-        lines |= {
-            f"{name}, {metric}": history[metric] for metric in ("validation", "train") if metric in history
-        }
+        history = history_of(args, f"video_{name}")
+        for metric in ("validation", "train"):
+            if metric in history:
+                lines[f"{name}, {metric}"] = history[metric]
     if lines:
         boxes.append(chart("accuracy while training", lines, percent=True))
     caption = """Left: accuracy over the number of different images of one class that fill the 16 frames.

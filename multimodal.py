@@ -171,8 +171,7 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         model, found = load(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
-        why = str(error).strip().partition("\n")[0]
-        sys.exit(f"can't load the captioner {name} ({why}); {advice}")
+        sys.exit(f"can't load the captioner {name} ({first_line(error)}); {advice}")
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
     return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
@@ -186,6 +185,11 @@ def quiet() -> None:
     disable_progress_bar()
     enable_progress_bars()
     logging.disable(logging.ERROR)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its paragraphs of advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pixel_values(processor, images: Tensor) -> Tensor:
@@ -321,7 +325,7 @@ def caption(args: argparse.Namespace) -> None:
             write_captions(path, header, captions)
 
     row = {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
-    for split in ("train", "validation", args.split):  # test: only if asked
+    for split in dict.fromkeys(("train", "validation", args.split)):  # test: only if asked
         named = [named_class(captions[split, i], about.classes) for i in range(len(labels[split]))]
         named = torch.tensor(named)  # [n]
         row[f"{split}_right"] = (named == labels[split]).float().mean().item()
@@ -351,8 +355,7 @@ def load_clip(name: str, weights: str | None):
             advice = "`python multimodal.py tiny` trains one into --out"
         elif hub:
             advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
-        why = str(error).strip().partition("\n")[0]
-        sys.exit(f"can't load the CLIP {name} with weights {weights} ({why}); {advice}")
+        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
     if not (torch.is_tensor(getattr(model, "text_projection", None)) and hasattr(tokenizer, "decode")):
         sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose another --clip")
     return model.eval(), tokenizer
@@ -387,7 +390,7 @@ def embed(args: argparse.Namespace) -> None:
         clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
     else:
         clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
-    path = pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz")
+    path = embeddings_path(args.out, args.captions)
     used, embedded = read_embeddings(path)
     if used != clip:
         embedded = {}
@@ -410,6 +413,11 @@ def embed(args: argparse.Namespace) -> None:
     arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
     vit.write_arrays(path, **arrays)
     print(f"wrote {path}")
+
+
+def embeddings_path(out: str, captions: str) -> pathlib.Path:
+    """Where the embeddings of a caption file lie."""
+    return pathlib.Path(out, pathlib.Path(captions).stem + ".npz")
 
 
 def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tensor]]]:
@@ -556,7 +564,7 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: l
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     except Exception as error:  # a full disk; the library raises several kinds
-        sys.exit(f"can't write {folder} ({error}); free some space, then type the same command")
+        sys.exit(f"can't write {folder} ({first_line(error)}); free some space, then type the same command")
 
 
 SMALL_CLIP = {
@@ -665,7 +673,7 @@ def fuse(args: argparse.Namespace) -> None:
         sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
-    clip, embedded = read_embeddings(pathlib.Path(args.out, pathlib.Path(args.captions).stem + ".npz"))
+    clip, embedded = read_embeddings(embeddings_path(args.out, args.captions))
     if not embedded.keys() >= set(captions.values()):
         command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
         sys.exit(f"not all of these captions are embedded; `{command}` does it")

@@ -58,10 +58,9 @@ def look_up(results: dict, path: str):
 
 def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
     """One number as text; runs: name of a run -> its results.json; row "": an entry of the run itself."""
-    found = []
+    found, reported = [], analysis.REPORTED | multimodal.REPORTED
     for name, results in runs.items():
         if profile == "report":
-            reported = analysis.REPORTED | multimodal.REPORTED
             found.append(look_up(results, f"rows.{row}.report") or reported.get(row))
         elif profile in name.split("-"):
             found.append(look_up(results, f"rows.{row}.{key}" if row else key))
@@ -75,7 +74,7 @@ def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> 
     if not row or isinstance(found[0], str):
         texts = [f"{value / 60:.0f} min" if key == "seconds" else str(value) for value in found]
         return ", ".join(dict.fromkeys(texts))
-    return analysis.in_words(row, *found) if profile != "report" else analysis.in_words(row, found[0])
+    return analysis.in_words(row, *found)
 
 
 def number(runs: dict[str, dict], profile: str, row: str) -> str:
