@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -33,9 +34,7 @@ from torch import Tensor
 import data
 import vit
 
-# ------------------------------------------------------------------------------------------------------------
-# Similarity maps
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- similarity maps
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
@@ -67,35 +66,45 @@ def measuring_machine(args: argparse.Namespace) -> vit.Machine:
     return vit.Machine(args.device, "float32" if args.precision == "auto" else args.precision, args.seed)
 
 
+def tokens_of(encoder: vit.ViT, images: Tensor, machine: vit.Machine) -> Tensor:
+    """The tokens [n, T, D], float32, on the CPU, of uint8 images [n, 3, S, S]."""
+    encoder.to(machine.device).eval()
+    with torch.no_grad(), machine.autocast():
+        batches = images.split(machine.eval_batch)
+        return torch.cat([encoder(x.to(machine.device).float() / 255).float().cpu() for x in batches])
+
+
+def two_encoders(args: argparse.Namespace) -> dict[str, str]:
+    """The checkpoints to compare: of an encoder before fine-tuning and of the same after it."""
+    usual = {"before": f"{args.out}/m_joint.pt", "after": f"{args.out}/finetune.pt"}
+    return {when: getattr(args, when) or usual[when] for when in usual}
+
+
+def first_of_each_class(labels: Tensor) -> Tensor:
+    """labels [n] -> where each class is seen first, [K]."""
+    return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])
+
+
 def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity in two encoders, --before and --after; keep some maps for the figure."""
-    name = args.name or "maps"
-    stored = vit.arrays_path(args, name)
-    if stored.exists() and vit.measured(args, f"{name}_after", args.before, args.after):
+    name, paths = args.name or "maps", two_encoders(args)
+    stored, weights = vit.arrays_path(args, name), vit.fingerprint(*paths.values())
+    if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
         return
     machine = measuring_machine(args)
-    images, labels = data.load(args.data, args.split, machine.device, args.limit)
-    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # the first of each class
+    images, labels = data.load(args.data, args.split, limit=args.limit)
+    shown = first_of_each_class(labels)
     arrays, rows = {"images": images[shown], "labels": labels[shown]}, {}
-    for when, path in (("before", args.before), ("after", args.after)):
-        encoder = vit.load_encoder(path).to(machine.device).eval()
-        found = []
-        for x in images.split(machine.eval_batch):
-            with torch.no_grad(), machine.autocast():
-                tokens = encoder(x.float() / 255)
-            found.append(token_similarity(tokens.float()).cpu())
-        similarity = torch.cat(found)  # [n, T, T]
-        arrays[when], rows[when] = similarity[shown.cpu()], focus(similarity[:, 0, 1:])
+    for when, path in paths.items():
+        similarity = token_similarity(tokens_of(vit.load_encoder(path), images, machine))  # [n, T, T]
+        arrays[when], rows[when] = similarity[shown], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
-    weights = vit.fingerprint(args.before, args.after)
     for when, row in rows.items():
         row["value"] = row.pop("entropy")
         vit.record(args, f"{name}_{when}", machine, data.source(args.data), weights=weights, **row)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CKA
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- CKA
 
 
 class StreamingCKA:
@@ -175,16 +184,16 @@ def cka(args: argparse.Namespace) -> None:
     The report compares CLS before and after the last self-attention block, which can be read in two ways:
     across the attention's residual sum (the row's value), or across the block with its MLP ("whole_block").
     """
-    name = args.name or "cka"
-    stored = vit.arrays_path(args, name)
-    if stored.exists() and vit.measured(args, f"{name}_after", args.before, args.after):
+    name, paths = args.name or "cka", two_encoders(args)
+    stored, weights = vit.arrays_path(args, name), vit.fingerprint(*paths.values())
+    if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
         return
     machine = measuring_machine(args)
     images, _ = data.load(args.data, args.split, machine.device, args.limit)
     if len(images) < 4:
         sys.exit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
     arrays = {"images": len(images)}
-    for when, path in (("before", args.before), ("after", args.after)):
+    for when, path in paths.items():
         encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
         for x in images.split(machine.eval_batch):
             trace = []
@@ -195,8 +204,7 @@ def cka(args: argparse.Namespace) -> None:
         arrays[f"{when}_biased"] = streaming.result()  # [L, L]
         arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [L, L]
     vit.write_arrays(stored, **arrays)
-    weights = vit.fingerprint(args.before, args.after)
-    for when in ("before", "after"):
+    for when in paths:
         plain, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
         row = {"value": plain[-3, -2].item(), "debiased": debiased[-3, -2].item()}
         row |= {"whole_block": plain[-3, -1].item(), "whole_block_debiased": debiased[-3, -1].item()}
@@ -207,12 +215,12 @@ def cka(args: argparse.Namespace) -> None:
         vit.record(args, f"{name}_{when}", machine, data.source(args.data), **row)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Drawing: a figure is boxes (Pillow images) in rows and columns, and `grid` puts them there
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- drawing
+# A figure is boxes (Pillow images) in rows and columns; `grid` puts them there.
 
 Box = Image.Image
 INK, GREY, LIGHT, PAPER = (30, 30, 36), (110, 110, 118), (226, 226, 230), (255, 255, 255)
+EMPTY = Image.new("RGB", (1, 1), PAPER)  # leaves a cell of a grid empty
 # colours that colour-blind readers can tell apart (Okabe and Ito 2008), and two more
 BLUE, ORANGE, GREEN, PINK = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167)
 COLOURS = [BLUE, ORANGE, GREEN, PINK, (230, 159, 0), (86, 180, 233), (90, 90, 90), (140, 86, 75)]
@@ -222,9 +230,8 @@ VIRIDIS = "440154 472c7a 3b518b 2c718e 21908d 27ad81 5cc863 aadc32 fde725"
 def colour(x: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1], any shape, to viridis colours [..., 3] in 0..255."""
     anchors = np.array([list(bytes.fromhex(code)) for code in VIRIDIS.split()])  # [9, 3]
-    at = np.clip(np.nan_to_num(x), 0, 1) * (len(anchors) - 1)
-    low = np.minimum(at.astype(int), len(anchors) - 2)
-    return anchors[low] + (at - low)[..., None] * (anchors[low + 1] - anchors[low])
+    places = np.linspace(0, 1, len(anchors))
+    return np.stack([np.interp(x, places, channel) for channel in anchors.T], axis=-1)
 
 
 def pixels(images: Tensor | np.ndarray) -> np.ndarray:
@@ -234,147 +241,135 @@ def pixels(images: Tensor | np.ndarray) -> np.ndarray:
     return np.moveaxis(images.astype(float) * scale, -3, -1)
 
 
-def picture(array: np.ndarray, size: int, frame: tuple | None = None, smooth: bool = False) -> Box:
-    """An array [S, S, 3] of 0..255 as a square box of `size` pixels, in a frame of that colour."""
-    box = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
-    inner = size - 6 if frame else size
-    box = box.resize((inner, inner), Image.BICUBIC if smooth else Image.NEAREST)
-    return ImageOps.expand(box, 3, frame) if frame else box
+def picture(array: np.ndarray, size: int) -> Box:
+    """An array [S, S, 3] of 0..255 as a square box of `size` pixels."""
+    return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).resize((size, size), Image.NEAREST)
 
 
-def text(words: str, size: int = 13, ink=INK, width: int | None = None, align="l", paper=PAPER) -> Box:
-    """Words as a box. With a `width` in pixels they are wrapped to it; align: l left, m middle, r right."""
+def text(words: str, size: int = 13, ink=INK, width: int | None = None) -> Box:
+    """Words as a box; with a `width` in pixels they are wrapped to it."""
     font, lines = ImageFont.load_default(size), []
     for paragraph in words.split("\n"):
         lines.append("")
         for word in paragraph.split(" "):
-            longer = f"{lines[-1]} {word}" if lines[-1] else word
-            if width and lines[-1] and font.getlength(longer) > width:
+            longer = f"{lines[-1]} {word}".strip()
+            if width and font.getlength(longer) > width:
                 lines.append(word)
             else:
                 lines[-1] = longer
     width = width or math.ceil(max(font.getlength(line) for line in lines)) + 1
     height = round(1.35 * size)
-    box = Image.new("RGB", (width, height * len(lines)), paper)
+    box = Image.new("RGB", (width, height * len(lines)), PAPER)
     for k, line in enumerate(lines):
-        x = {"l": 0, "m": width / 2, "r": width}[align]
-        ImageDraw.Draw(box).text((x, height * k), line, fill=ink, font=font, anchor=f"{align}a")
+        ImageDraw.Draw(box).text((0, height * k), line, fill=ink, font=font)
     return box
 
 
-def answer(words: str, right: bool, width: int | None = None) -> Box:
+def answer(words: str, right: bool) -> Box:
     """What a model said: blue if right, else orange and with an x, for who can't tell the two apart."""
-    return text(words if right else f"x {words}", 13, BLUE if right else ORANGE, width)
+    return text(words, ink=BLUE) if right else text(f"x {words}", ink=ORANGE)
 
 
-def grid(rows: list[list[Box | None]], gap: int = 8, x: float = 0.5, y: float = 0.5) -> Box:
-    """Boxes in rows and columns as one box; x, y: where in its cell a box lies, 0 left or top, 1 right or
-    bottom. None leaves a cell empty."""
-    columns = max(map(len, rows))
-    widths, heights = [0] * columns, [0] * len(rows)
-    for r, row in enumerate(rows):
-        for c, box in enumerate(row):
-            if box:
-                widths[c], heights[r] = max(widths[c], box.width), max(heights[r], box.height)
-    whole = Image.new("RGB", (sum(widths) + gap * (columns - 1), sum(heights) + gap * (len(rows) - 1)), PAPER)
-    for r, row in enumerate(rows):
-        for c, box in enumerate(row):
-            if box:
-                left, top = sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r
-                left += round(x * (widths[c] - box.width))
-                whole.paste(box, (left, top + round(y * (heights[r] - box.height))))
+def tile(words: str, width: int, height: int, paper) -> Box:
+    """A coloured box with words in the middle."""
+    box = Image.new("RGB", (width, height), tuple(int(c) for c in paper))
+    ink = INK if paper[1] > 150 else PAPER  # dark on light: what looks light has much green
+    middle, font = (width / 2, height / 2), ImageFont.load_default(12)
+    ImageDraw.Draw(box).text(middle, words, ink, font, anchor="mm", align="center")
+    return box
+
+
+def grid(rows: list[list[Box]], gap: int = 8, x: float = 0.5, y: float = 0.5) -> Box:
+    """Boxes in rows and columns as one box; x, y: where in its cell a box lies (0 left or top, 1 right or
+    bottom)."""
+    columns = itertools.zip_longest(*rows, fillvalue=EMPTY)
+    widths = [max(box.width for box in column) for column in columns]
+    heights = [max(box.height for box in row) for row in rows]
+    size = (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1))
+    whole = Image.new("RGB", size, PAPER)
+    top = 0
+    for row, height in zip(rows, heights):
+        left = 0
+        for box, width in zip(row, widths):
+            whole.paste(box, (left + round(x * (width - box.width)), top + round(y * (height - box.height))))
+            left += width + gap
+        top += height + gap
     return whole
 
 
 def page(title: str, caption: str, body: Box, footer: str) -> Box:
     """A whole figure: what it is, how to read it, the figure itself, where its pixels come from."""
     width = max(body.width, 760)
-    paragraphs = [" ".join(paragraph.split()) for paragraph in caption.split("\n\n")]
-    head, foot = text("\n".join(paragraphs), 14, GREY, width), text(footer, 12, GREY, width)
-    return ImageOps.expand(grid([[text(title, 22)], [head], [body], [foot]], 14, x=0), 24, PAPER)
+    head = text(" ".join(caption.split()), 14, GREY, width)
+    boxes = [text(title, 22), head, body, text(footer, 12, GREY, width)]
+    return ImageOps.expand(grid([[box] for box in boxes], 14, x=0), 24, PAPER)
 
 
 def scale_bar(low: float, high: float, label: str) -> Box:
     """The legend of `colour`."""
     bar = Image.fromarray(colour(np.linspace(0, 1, 240)[None].repeat(12, 0)).astype(np.uint8))
-    return grid([[text(f"{low:.2f}", 12), bar, text(f"{high:.2f}   {label}", 12)]])
+    return grid([[text(f"{low:.2f}", 12), bar, text(f"{high:.2f} {label}", 12)]])
 
 
-def round_ticks(low: float, high: float, most: int = 6) -> np.ndarray:
-    """Up to `most` round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+def round_ticks(low: float, high: float) -> np.ndarray:
+    """At most 7 round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def chart(
-    title: str, lines: dict[str, list], below="epoch", percent=False, places=None, inks=None, span=None
-) -> Box:
-    """Curves over 1, 2, 3, ... with axes and a legend. places: labels of these numbers; inks: line -> colour;
-    span: (number of places, lowest, highest value), where it shall not be as the lines need it."""
-    inks = inks or dict(zip(lines, COLOURS))
+def chart(title: str, lines: dict[str, list], labels: list | None = None, until: int | None = None) -> Box:
+    """Curves over epochs, or over places that have `labels`, with axes and a legend; an empty line is not
+    drawn, but keeps its colour from the others. until: draw only so many points of each."""
     values = [value for line in lines.values() for value in line]
     margin = max(0.05 * (max(values) - min(values)), 0.01)
-    end, low, high = span or (max(map(len, lines.values())), min(values) - margin, max(values) + margin)
-    width, height, left, font = 300, 180, 56, ImageFont.load_default(12)
+    low, high, end = min(values) - margin, max(values) + margin, max(map(len, lines.values()))
+    width, height, left, font = 300, 180, 40, ImageFont.load_default(12)
     box = Image.new("RGB", (left + width + 20, height + 30), PAPER)
     draw = ImageDraw.Draw(box)
 
     def at(place: float, value: float) -> tuple[float, float]:
         """Where in the box a point lies."""
-        return left + width * (place - 1) / max(1, end - 1), 6 + height * (high - value) / (high - low)
+        right = left + width * (place - 1) / max(1, end - 1)
+        return right, 6 + height * (high - value) / (high - low)
 
     for value in round_ticks(low, high):
         y = at(1, value)[1]
         draw.line([(left, y), (left + width, y)], fill=LIGHT)
-        label = f"{100 * value:g} %" if percent else f"{value:g}"
-        draw.text((left - 6, y), label, fill=GREY, font=font, anchor="rm")
-    if places is None:
-        whole = [round(place) for place in round_ticks(1, max(end, 2), 7) if place % 1 == 0]
-        places = {place: str(place) for place in whole if place <= end}
-    for place, label in places.items():
-        draw.text((at(place, low)[0], height + 12), label, fill=GREY, font=font, anchor="ma")
-    for name, line in lines.items():
-        points = [at(k + 1, value) for k, value in enumerate(line)]
-        draw.line(points, fill=inks[name], width=2)
-        x, y = points[-1]
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=inks[name])
-    legend = grid([[text(name, ink=inks[name])] for name in lines], 2, x=0)
-    return grid([[text(title, 15), None], [box, legend], [text(below, 12, GREY), None]], 4)
+        draw.text((left - 6, y), f"{value:g}", fill=GREY, font=font, anchor="rm")
+    for place in round_ticks(0, end):
+        if place >= 1 and place % 1 == 0:
+            label = labels[int(place) - 1] if labels else f"{place:g}"
+            draw.text((at(place, low)[0], height + 12), label, fill=GREY, font=font, anchor="ma")
+    legend = []
+    for (name, line), ink in zip(lines.items(), COLOURS):
+        points = [at(k + 1, value) for k, value in enumerate(line)][:until]
+        if points:
+            draw.line(points, fill=ink, width=2)
+            x, y = points[-1]
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=ink)
+            legend.append([text(name, ink=ink)])
+    return grid([[text(title, 15)], [box, grid(legend, 2, x=0)]], 4)
 
 
-def bars(rows: list[tuple], low: float, high: float) -> Box:
-    """Horizontal bars from `low` on; rows: (label, value, text behind the bar, colour)."""
-    labels = max(text(label).width for label, *_ in rows)
-    lines = []
-    for label, value, behind, ink in rows:
-        bar = Image.new("RGB", (max(1, round(380 * (value - low) / (high - low))), 24), ink)
-        lines.append([text(label, width=labels, align="r"), grid([[bar, text(behind)]])])
-    return grid(lines, 10, x=0)
-
-
-def matrix(values: np.ndarray, labels: list[str], cell: int, high: float, framed=()) -> Box:
-    """A square matrix in colour from 0 to `high`, entries in the cells; framed: cells (i, j) to point out."""
+def matrix(values: np.ndarray, labels: list[str], cell: int, framed=()) -> Box:
+    """A square matrix of shares in colour, with its entries; framed: cells (i, j) to point out."""
     rows = []
     for i, row in enumerate(values):
         rows.append([text(labels[i], 12)])
         for j, value in enumerate(row):
-            shade = LIGHT if np.isnan(value) else tuple(colour(np.array(value / high)).astype(int))
-            box = Image.new("RGB", (cell, cell), shade)
-            draw = ImageDraw.Draw(box)
-            if not np.isnan(value):
-                entry = f"{value:.0f}" if high > 1 else f"{value:.2f}".replace("0.", ".")
-                ink, font = INK if value > 0.6 * high else PAPER, ImageFont.load_default(11)
-                draw.text((cell / 2, cell / 2), entry, fill=ink, font=font, anchor="mm")
+            if np.isnan(value):
+                box = tile("", cell, cell, LIGHT)
+            else:
+                box = tile(f"{value:.2f}".removeprefix("0"), cell, cell, colour(value))
             if (i, j) in framed:
-                draw.rectangle([0, 0, cell - 1, cell - 1], outline=ORANGE, width=3)
+                ImageDraw.Draw(box).rectangle([0, 0, cell - 1, cell - 1], outline=ORANGE, width=3)
             rows[-1].append(box)
-    return grid([*rows, [None, *(text(label, 12) for label in labels)]], 1)
+    return grid([*rows, [EMPTY, *(text(label, 12) for label in labels)]], 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The figures: each function returns a title, a caption that says how to read it, and the body
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the figures
+# Each function returns a title, a caption that says how to read it, and the body.
 
 
 def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
@@ -390,34 +385,24 @@ def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
     return tuple(x[chosen] for x in (images, *drawn))
 
 
-def outlined(image: np.ndarray, size: int, patches: dict[int, tuple]) -> Box:
-    """An image [S, S, 3] of 16 patches; patches: index -> the colour in which it is framed and numbered."""
-    box, side = picture(image, size), size // 4
-    draw = ImageDraw.Draw(box)
-    for p, ink in patches.items():
-        x, y = side * (p % 4), side * (p // 4)
-        draw.rectangle([x, y, x + side - 1, y + side - 1], outline=ink, width=3)
-        draw.rectangle([x, y, x + 20, y + 16], fill=ink)
-        draw.text((x + 10, y + 9), str(p), fill=PAPER, font=ImageFont.load_default(13), anchor="mm")
-    return box
-
-
 def draw_patches(args: argparse.Namespace):
     """The report's first figure: set A, and what becomes of its patches."""
     images, augmented, masked, turned, angle = task_examples(args, 8)
-    rows = [[text("the image", 14), text("set A, patches by number", 14), text("what Model M sees", 14)]]
+    rows = [[text("the image"), text("set A, patches by number"), text("what Model M sees")]]
     for i in range(4):
-        black, moved = masked[i].tolist(), turned[i].tolist()
-        about = [text(f"blacked out: {black}", 14, ORANGE), text(f"turned: {moved}", 14, BLUE)]
-        about += [text(f"by {90 * angle[i].item()}°", 14, BLUE)]
-        inks = dict.fromkeys(black, ORANGE) | dict.fromkeys(moved, BLUE)
-        image = pixels(images[i])
-        boxes = [picture(image, 160), outlined(image, 160, inks), picture(pixels(augmented[i]), 160)]
-        rows.append([*boxes, grid([[line] for line in about], x=0)])
-    caption = """An image is 16 patches of 8x8 pixels. Eight at random are set A: four are blacked out,
-    four turned by one angle, counter-clockwise: 0°, 90°, 180° or 270°. Model M names the angle and
-    repaints the black patches, so it needs no labels."""
-    return "Patch augmentation", caption, grid(rows, 16)
+        image, seen = picture(pixels(images[i]), 160), picture(pixels(augmented[i]), 160)
+        numbered = image.copy()
+        for ink, patches in ((ORANGE, masked[i].tolist()), (BLUE, turned[i].tolist())):
+            for p in patches:
+                x, y = 40 * (p % 4), 40 * (p // 4)
+                ImageDraw.Draw(numbered).rectangle([x, y, x + 39, y + 39], outline=ink, width=3)
+                numbered.paste(tile(str(p), 20, 16, ink), (x, y))
+        about = [[text(f"blacked out: {masked[i].tolist()}", ink=ORANGE)]]
+        about += [[text(f"turned by {90 * angle[i]}°: {turned[i].tolist()}", ink=BLUE)]]
+        rows.append([image, numbered, seen, grid(about, x=0)])
+    caption = """Eight of an image's 16 patches, at random, are set A: four are blacked out, four turned
+    counter-clockwise by one angle. Model M names the angle and repaints the black patches, without labels."""
+    return "Patch augmentation", caption, grid(rows, 16, x=0)
 
 
 def draw_reconstruction(args: argparse.Namespace):
@@ -425,70 +410,65 @@ def draw_reconstruction(args: argparse.Namespace):
     state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
     model = vit.ModelM(vit.ViT(**state["config"]), projector="projector.0.weight" in state["model"]).eval()
     model.load_state_dict(state["model"])
-    patch = state["config"]["patch_size"]
-    images, augmented, masked, _, angle = task_examples(args, patch)
+    images, augmented, masked, _, angle = task_examples(args, state["config"]["patch_size"])
     with torch.no_grad():
         logits, painted, _ = model(augmented, masked)
-    patches = data.patchify(augmented, patch)  # [8, N, 3, P, P]
+    patches = data.patchify(augmented, state["config"]["patch_size"])  # [8, N, 3, P, P]
     painted = painted.view(*masked.shape, *patches.shape[2:])  # [8, M, 3, P, P]
     patches[torch.arange(len(images))[:, None], masked] = painted * 0.25 + 0.5  # vit.standardise undone
-    columns = [
-        [text(words, 13) for words in ("what M sees", "M repaints", "the image", "turned by", "M says")]
-    ]
-    for i, pictures in enumerate(zip(pixels(augmented), pixels(data.unpatchify(patches)), pixels(images))):
-        guess = logits[i].argmax()
-        said = [text(f"{90 * angle[i].item()}°"), answer(f"{90 * guess.item()}°", bool(guess == angle[i]))]
-        columns.append([*(picture(array, 106) for array in pictures), *said])
-    caption = """Four patches black and four turned; the black ones as Model M paints them (it minimises
-    the squared error, so it paints the average of what could be there: blur); the image; by how much the
-    patches are turned, and what M says (orange with an x: wrong)."""
-    return "Model M at work", caption, grid(list(zip(*columns)))
+    rows = []
+    pictures = {"what M sees": augmented, "M repaints": data.unpatchify(patches), "the image": images}
+    for words, shown in pictures.items():
+        rows.append([text(words), *(picture(array, 106) for array in pixels(shown))])
+    guess = logits.argmax(dim=1)
+    rows.append([text("turned by"), *(text(f"{90 * k}°") for k in angle)])
+    rows.append([text("M says"), *(answer(f"{90 * k}°", bool(k == true)) for k, true in zip(guess, angle))])
+    caption = """Four patches black, four turned; then the black ones as Model M paints them: it minimises the
+    squared error, so it paints the average of what could be there, a blur. Orange with an x: wrong."""
+    return "Model M at work", caption, grid(rows)
 
 
 def draw_maps(args: argparse.Namespace):
     """CLS-patch similarity of some images, before and after fine-tuning, in one colour scale."""
     stored, rows = np.load(vit.arrays_path(args, "maps")), rows_of(args)
-    names, side = data.source(args.data).classes, math.isqrt(stored["before"].shape[1] - 1)
-    cosines = {when: stored[when][:, 0, 1:].reshape(-1, side, side) for when in ("before", "after")}
-    low, high = min(map(np.min, cosines.values())), max(map(np.max, cosines.values()))
+    names = data.source(args.data).classes
+    cosines = np.stack([stored["before"], stored["after"]], axis=1)[:, :, 0, 1:]  # [K, 2, N]
+    low, high, side = cosines.min(), cosines.max(), math.isqrt(cosines.shape[-1])
     columns = [[text(words) for words in ("", "image", "before", "lit by it", "after", "lit by it")]]
     for i, image in enumerate(pixels(stored["images"])):
         column = [text(names[stored["labels"][i]]), picture(image, 84)]
-        for when in ("before", "after"):
-            small = Image.fromarray(cosines[when][i].astype(np.float32))
+        for cosine in cosines[i]:
+            small = Image.fromarray(cosine.reshape(side, side).astype(np.float32))
             large = np.asarray(small.resize((32, 32), Image.BILINEAR))  # the report's 4x4 -> 32x32
             light = (large - large.min()) / (large.max() - large.min() + 1e-9)
-            column.append(picture(colour((large - low) / (high - low)), 84, smooth=True))
+            column.append(picture(colour((large - low) / (high - low)), 84))
             column.append(picture(image * (0.1 + 0.9 * light[..., None]), 84))
         columns.append(column)
     body = grid([[grid(list(zip(*columns)))], [scale_bar(low, high, "cosine of CLS and patch")]], 14)
-    caption = """Cosine of the CLS token with each patch token, before and after fine-tuning, one colour
-    scale for all maps; under each map the image, brightest where this map is highest."""
-    for when in cosines:
-        row = rows[f"maps_{when}"]
-        caption += f"""\n\n{when.capitalize()} fine-tuning, mean of the {row["split"]} split: entropy
-        {row["value"]:.3f}, best quarter {row["best_quarter"]:.3f}, peak {row["peak"]:.3f}."""
-    caption += """\n\nEntropy: of the map, shifted to a minimum of 0 and scaled to a sum of 1 (1: spread
-    evenly, 0: all on one patch). Best quarter: what of that sum the strongest quarter of the patches
-    holds (0.25: spread evenly). Peak: the largest cosine."""
+
+    before, after = rows["maps_before"], rows["maps_after"]
+    caption = f"""Cosine of the CLS token with each patch token, before and after fine-tuning; under each map
+    the image, brightest where the map is highest. Means of the {before["split"]} split, before -> after:
+    entropy {before["value"]:.3f} -> {after["value"]:.3f} (of the map, shifted to a minimum of 0 and scaled to
+    a sum of 1; 1: spread evenly, 0: all on one patch); of that sum, the strongest quarter of the patches
+    holds {before["best_quarter"]:.3f} -> {after["best_quarter"]:.3f}; largest cosine {before["peak"]:.3f} ->
+    {after["peak"]:.3f}."""
     return "Where in the image is CLS' content?", caption, body
 
 
 def draw_tokens(args: argparse.Namespace):
     """The whole token-by-token similarity matrix of three images."""
     stored, names = np.load(vit.arrays_path(args, "maps")), data.source(args.data).classes
-    low, labels = min(stored[when].min() for when in ("before", "after")), stored["labels"][:3]
+    low = min(stored["before"].min(), stored["after"].min())
     size = 15 * stored["before"].shape[1]
-    rows = [[None, *(text(names[label], 14) for label in labels)]]
+    rows = [[EMPTY, *(text(names[label]) for label in stored["labels"][:3])]]
     for when in ("before", "after"):
-        row = [text(f"{when}\nfine-tuning", 14)]
+        rows.append([text(f"{when}\nfine-tuning")])
         for similarity in stored[when][:3]:
             box = picture(colour((similarity - low) / (1 - low)), size)
-            draw = ImageDraw.Draw(box)  # CLS is set apart from the patches
-            draw.line([(15, 0), (15, size)], fill=PAPER, width=2)
-            draw.line([(0, 15), (size, 15)], fill=PAPER, width=2)
-            row.append(grid([[text("CLS, then the patches row by row", 11, GREY)], [box]], 2, x=0))
-        rows.append(row)
+            box.paste(PAPER, (14, 0, 16, size))  # CLS is set apart from the patches
+            box.paste(PAPER, (0, 14, size, 16))
+            rows[-1].append(box)
     body = grid([[grid(rows, 16)], [scale_bar(low, 1.0, "cosine")]], 14)
     caption = """Cosine between all tokens, from left to right and from top to bottom: CLS (set apart by
     white lines), then the patches row by row. Squares along the diagonal are rows of the image; lines
@@ -501,37 +481,38 @@ def draw_cka(args: argparse.Namespace):
     stored, rows = np.load(vit.arrays_path(args, "cka")), rows_of(args)
     places = len(stored["before_biased"])
     labels = ["in"] + [f"{kind}{block}" for block in range(1, places // 2 + 1) for kind in "am"]
+    framed = [(places - 3, places - 2), (places - 3, places - 1)]
     boxes = []
     for when in ("before", "after"):
         row = rows[f"cka_{when}"]
         head = f"{when} fine-tuning. Last attention {row['value']:.4f} (debiased {row['debiased']:.4f}), "
         head += f"last block {row['whole_block']:.4f} (debiased {row['whole_block_debiased']:.4f})"
-        framed = [(places - 3, places - 2), (places - 3, places - 1)]
-        table = matrix(stored[f"{when}_biased"], labels, 480 // places, 1.0, framed)
-        boxes.append(grid([[text(head, 13, width=table.width)], [table]]))
-    number = f"{stored['images']:,} images" if "images" in stored else "all images"
-    caption = f"""Plain (not debiased) linear CKA, {number} of the {args.split} split, of the residual
-    stream after each attention (a1, a2, ...) and each MLP (m1, m2, ...). 1: the same similarity structure
-    over images, 0: none in common. Framed: the two ways to read the report's "before and after the last
-    attention block", across the last attention and across the last block. Grey: CLS enters the first
-    block the same for every image, so there is nothing to compare."""
+        table = matrix(stored[f"{when}_biased"], labels, 480 // places, framed)
+        boxes.append(grid([[text(head, width=table.width)], [table]]))
+    caption = f"""Plain (not debiased) linear CKA, {stored["images"]:,} images of the {args.split} split, of
+    the residual stream after each attention (a1, a2, ...) and each MLP (m1, m2, ...). 1: the same similarity
+    structure over images, 0: none in common. Framed: the two ways to read the report's "before and after the
+    last attention block". Grey: CLS enters the first block the same for every image: nothing to compare."""
     body = grid([[grid([boxes], 24)], [scale_bar(0, 1, "CKA")]], 14)
     return "Linear CKA of the CLS token along the network", caption, body
 
 
-# run -> its loss; losses of the same name can be compared, and share a panel
+# checkpoint -> what its loss is: losses of one name can be compared and share a panel
 LOSSES = {"infonce": "InfoNCE", "infonce_longer": "InfoNCE"}
 LOSSES |= {"m": "angle + squared error", "m_infonce": "angle + squared error"}
-LOSSES |= {"m_joint": "angle + squared error + InfoNCE", "finetune": "cross-entropy of classes"}
-LOSSES |= dict.fromkeys(["finetune_scratch", "finetune_infonce_longer"], "cross-entropy of classes")
-METRICS = {"match": "partner found", "angle": "angle named", "mse": "squared error"}
-METRICS |= {"train": "accuracy, train", "validation": "accuracy, validation"}
+LOSSES |= {"m_joint": "angle + squared error + InfoNCE"}
+LOSSES |= dict.fromkeys(["finetune", "finetune_scratch", "finetune_infonce_longer"], "cross-entropy")
+METRICS = {"mse": "squared error", "match": "partner found (%)", "angle": "angle named (%)"}
+METRICS |= {"train": "accuracy, train (%)", "validation": "accuracy, validation (%)"}
 
 
-def history_of(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
-    """Metric -> its mean in each epoch of a run; empty where it has no checkpoint."""
+def history_of(args: argparse.Namespace, name: str) -> dict[str, list]:
+    """Metric -> its value in every epoch, shares in percent; empty where there is no such checkpoint."""
     path = pathlib.Path(args.out) / f"{name}.pt"
-    return vit.read_checkpoint(path)["history"] if path.exists() else {}
+    history = vit.read_checkpoint(path)["history"] if path.exists() else {}
+    for metric in history.keys() - {"loss", "mse"}:
+        history[metric] = [100 * value for value in history[metric]]
+    return history
 
 
 def draw_curves(args: argparse.Namespace):
@@ -540,21 +521,17 @@ def draw_curves(args: argparse.Namespace):
     for name, loss in LOSSES.items():
         for metric, line in history_of(args, name).items():
             title = f"loss: {loss}" if metric == "loss" else METRICS[metric]
-            panels.setdefault(title, {})[name] = line
+            lines = panels.setdefault(title, {run: [] for run in LOSSES})
+            lines[name] = line
     if not panels:
         raise FileNotFoundError("no checkpoint")
-    inks = dict(zip(LOSSES, COLOURS))
-    boxes = []
-    for title, lines in panels.items():
-        is_share = not title.startswith(("loss", "squared"))
-        boxes.append(chart(title, lines, percent=is_share, inks=inks))
+    boxes = [chart(title, lines) for title, lines in panels.items()]
     caption = """Mean of each epoch, on augmented training images (validation: held-out images as they
     are). Partner found: views whose nearest neighbour in the batch is the other view of their image.
-    Angle named: images. Squared error: of the blacked-out patches, in standardised pixels.
-    infonce_longer: InfoNCE continued; m: Model M from scratch; m_infonce: continued from InfoNCE;
-    m_joint: that, with InfoNCE beside it; finetune: from m_joint."""
-    body = grid([boxes[k : k + 2] for k in range(0, len(boxes), 2)], 28, x=0)
-    return "Learning curves", caption, body
+    Squared error: of the blacked-out patches, in standardised pixels. infonce_longer: InfoNCE continued; m:
+    Model M from scratch; m_infonce: continued from InfoNCE; m_joint: that, with InfoNCE beside it; finetune:
+    from m_joint."""
+    return "Learning curves", caption, grid([boxes[k : k + 2] for k in range(0, len(boxes), 2)], 28, x=0)
 
 
 def draw_classes(args: argparse.Namespace):
@@ -562,12 +539,11 @@ def draw_classes(args: argparse.Namespace):
     stored, names = np.load(vit.arrays_path(args, "finetune")), data.source(args.data).classes
     counts = np.zeros((len(names), len(names)))
     np.add.at(counts, (stored["truth"], stored["guess"]), 1)
-    percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
-    table = matrix(percent, names, 68, 100.0)
-    table = grid([[None, text("the model's answer", 14)], [text("true\nclass", 14), table]])
-    caption = f"""In percent of the true class, {int(counts.sum()):,} images of the {args.split} split. On the
+    table = matrix(counts / counts.sum(axis=1, keepdims=True).clip(1), names, 68)
+    body = grid([[EMPTY, text("the model's answer")], [text("true\nclass"), table]])
+    caption = f"""Shares of each true class, {int(counts.sum()):,} images of the {args.split} split. On the
     diagonal: the accuracy by class."""
-    return "Which classes does the fine-tuned model confuse?", caption, table
+    return "Which classes does the fine-tuned model confuse?", caption, body
 
 
 def draw_clips(args: argparse.Namespace):
@@ -575,29 +551,26 @@ def draw_clips(args: argparse.Namespace):
     what the clip says."""
     stored, names = np.load(vit.arrays_path(args, "video_encoder_1")), data.source(args.data).classes
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
-    top, frames = weights.max(), weights.shape[1]
-    even, full = round(34 / (frames + 1) / top), 34
-    rows = [[text("true class", 14), text("attention", 11, GREY), *[None] * frames, text("answer", 14)]]
+    top, even = weights.max(), 1 / (weights.shape[1] + 1)
+    rows = [[text("true class"), *[EMPTY] * weights.shape[1], text("answer")]]
     for k, clip in enumerate(pixels(stored["images"])):
         truth, guess = stored["labels"][k], stored["guess"][k]
-        scale = grid([[text(f"{top:.2f}", 10, GREY)], [text("0", 10, GREY)]], full - 26, x=1)
-        row = [text(names[truth], 14), grid([[scale], [Image.new("RGB", (1, 46), PAPER)]], 4)]
+        rows.append([text(names[truth])])
         for f, frame in enumerate(clip):
+            bar = Image.new("RGB", (46, 35), PAPER)
+            bar.paste(GREY, (12, 34 - round(34 * weights[k, f] / top), 34, 35))
+            line = 34 - round(34 * even / top)
+            bar.paste(INK, (0, line, 46, line + 1))
             right = stored["each"][k, f] == truth
-            bar = Image.new("RGB", (46, full), PAPER)
-            draw = ImageDraw.Draw(bar)
-            draw.rectangle([12, full - round(full * weights[k, f] / top), 33, full], fill=GREY)
-            draw.line([(0, full - even), (46, full - even)], fill=INK)
-            box = picture(frame, 46, BLUE if right else ORANGE)
+            box = ImageOps.expand(picture(frame, 40), 3, BLUE if right else ORANGE)
             if not right:  # told by more than its colour
-                ImageDraw.Draw(box).rectangle([0, 37, 45, 45], fill=ORANGE)
-            row.append(grid([[bar], [box]], 4))
-        rows.append([*row, answer(names[guess], bool(guess == truth))])
-    caption = f"""Bar over a frame: attention from the temporal CLS token (one block, mean of the heads);
-    the line is an even share, 1/{frames + 1} = {1 / (frames + 1):.3f}. Frame blue: this image by itself
-    would be named right; orange, with a thick lower edge: wrong. At the right the answer to the whole
-    clip. The clips are put together by their labels."""
-    title = f"Pseudo-videos: {frames} images of one class, and where the temporal CLS looks"
+                box.paste(ORANGE, (0, 37, 46, 46))
+            rows[-1].append(grid([[bar], [box]], 4))
+        rows[-1].append(answer(names[guess], guess == truth))
+    caption = f"""Bar over a frame: attention from the temporal CLS token (one block, mean of the heads), the
+    highest {top:.3f}; the line is an even share, {even:.3f}. Frame blue: this image by itself would be named
+    right; orange, with a thick lower edge: wrong. At the right the answer to the whole clip."""
+    title = f"Pseudo-videos: {weights.shape[1]} images of one class, and where the temporal CLS looks"
     return title, caption, grid(rows, 6)
 
 
@@ -606,28 +579,25 @@ VIDEOS = ["encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "repor
 
 def draw_video(args: argparse.Namespace):
     """Accuracy over the number of different images in a clip; learning curves of one block against two."""
-    found = rows_of(args)
-    rows = {name: found[f"video_{name}"] for name in VIDEOS if f"video_{name}" in found}
-    if not rows:
+    rows, lines, labels = rows_of(args), {}, []
+    for name in VIDEOS:
+        different = rows.get(f"video_{name}", {}).get("different", {})  # number of images -> accuracy
+        lines[name] = [100 * value for value in different.values()]
+        labels = max(labels, list(different), key=len)
+    if not labels:
         raise FileNotFoundError("no row of video.py")
-    numbers = list(max((row["different"] for row in rows.values()), key=len))
-    lines = {name: list(row["different"].values()) for name, row in rows.items()}
-    places = {k + 1: number for k, number in enumerate(numbers)}
-    inks = dict(zip(VIDEOS, COLOURS))
-    boxes = [chart("accuracy by different images", lines, "different images in the clip", True, places, inks)]
+    boxes = [chart("accuracy (%) by different images in the clip", lines, labels)]
     lines = {}
     for name in ("encoder_1", "encoder_2"):
-        history = history_of(args, f"video_{name}")
         for metric in ("validation", "train"):
-            if metric in history:
-                lines[f"{name}, {metric}"] = history[metric]
-    if lines:
-        boxes.append(chart("accuracy while training", lines, percent=True))
-    caption = """Left: accuracy over the number of different images of one class that fill the 16 frames.
-    1: a static video, the test that counts; more: put together by label, so easier. Right: epoch by
-    epoch, static videos of the validation split, and training clips (augmented, as trained). encoder:
-    factorised encoder; divided: factorised self-attention; report: trained as in the report; unordered:
-    without temporal positions; repeats: without the loss of every image by itself; 1, 2: temporal blocks."""
+            lines[f"{name}, {metric}"] = history_of(args, f"video_{name}").get(metric, [])
+    if any(lines.values()):
+        boxes.append(chart("accuracy (%) by epoch", lines))
+    caption = """Left: 16 frames filled with 1, 2, ... different images of one class. 1: a static video, the
+    test that counts; more: put together by label, so easier. Right: static videos of the validation split,
+    and training clips (augmented). encoder: factorised encoder; divided: factorised self-attention; report:
+    trained as in the report; unordered: without temporal positions; repeats: without the loss of every image
+    by itself; 1, 2: temporal blocks."""
     return "Pseudo-videos: what more images bring, and one block against two", caption, grid([boxes], 28, y=0)
 
 
@@ -640,21 +610,21 @@ def captioner_of(args: argparse.Namespace) -> tuple[str, str]:
 def draw_captions(args: argparse.Namespace):
     """Images with their captions, and what the fusion model and the control without text answer."""
     (who, name), names = captioner_of(args), data.source(args.data).classes
-    both = np.load(vit.arrays_path(args, f"fusion_{who}"))
-    alone = np.load(vit.arrays_path(args, f"fusion_{who}_image_only"))
-    truth = both["labels"]
-    right, before = both["guess"] == truth, alone["guess"] == truth
+    stored = np.load(vit.arrays_path(args, f"fusion_{who}"))
+    alone = np.load(vit.arrays_path(args, f"fusion_{who}_image_only"))["guess"]
+    truth, fused = stored["labels"], stored["guess"]
     cells = []
-    for image, caption, k in zip(pixels(both["images"]), both["captions"], both["shown"]):
-        lines = [text(f"it is: {names[truth[k]]}")]
-        lines.append(answer(f"without: {names[alone['guess'][k]]}", before[k], 200))
-        lines.append(answer(f"with: {names[both['guess'][k]]}", right[k]))
-        top = grid([[picture(image, 84), text(caption, 13, width=108)]], y=0)
-        cells.append(grid([[top], *([line] for line in lines)], 3, x=0))
-    caption = f"""Beside each image its caption; below the true class, then the answer without text (the
+    for image, caption, k in zip(pixels(stored["images"]), stored["captions"], stored["shown"]):
+        lines = [grid([[picture(image, 84), text(caption, width=108)]], y=0)]
+        lines.append(text(f"it is: {names[truth[k]]}"))
+        lines.append(answer(f"without: {names[alone[k]]}", alone[k] == truth[k]))
+        lines.append(answer(f"with: {names[fused[k]]}", fused[k] == truth[k]))
+        cells.append(grid([[line] for line in lines], 3, x=0))
+    gained = np.sum((fused == truth) & (alone != truth))
+    lost = np.sum((fused != truth) & (alone == truth))
+    caption = f"""Beside each image its caption; below the true class, then the answer without text (of the
     control that never saw a caption) and with it; orange with an x: wrong. Of {len(truth):,} images
-    {np.sum(right & ~before):,} are right only with captions, {np.sum(before & ~right):,} only without.
-    Shown: the first two of each class."""
+    {gained:,} are right only with captions, {lost:,} only without. Shown: the first two of each class."""
     body = grid([cells[k : k + 5] for k in range(0, len(cells), 5)], 18, x=0, y=0)
     return f"Captions by {name}, and what they change", caption, body
 
@@ -663,20 +633,17 @@ def draw_words(args: argparse.Namespace):
     """How the image's query shares its attention among the words of the caption."""
     (who, name), names = captioner_of(args), data.source(args.data).classes
     stored = np.load(vit.arrays_path(args, f"fusion_{who}_tokens"))
-    high = stored["weights"].max()
-    rows = [[None, text("true class", 14), text("the caption, token by token", 14)]]
+    blue, top = np.array(BLUE), stored["weights"].max()
+    rows = [[EMPTY, text("true class"), text("the caption, token by token")]]
     for i in range(0, len(stored["shown"]), 2):
         boxes = []
         for word, weight in zip(stored["words"][i].split(" "), stored["weights"][i]):
-            paper = tuple(int(255 - (255 - c) * weight / high) for c in BLUE)
-            width = max(52, 9 * len(word) + 14)
-            ink = PAPER if weight > 0.6 * high else INK
-            boxes.append(text(f"{word}\n{weight:.2f}", 13, ink, width, "m", paper))
+            paper = 255 - (255 - blue) * weight / top
+            boxes.append(tile(f"{word}\n{weight:.2f}", max(52, 9 * len(word) + 14), 36, paper))
         truth = names[stored["labels"][stored["shown"][i]]]
-        rows.append([picture(pixels(stored["images"][i]), 54), text(truth, 14), grid([boxes], 4)])
-    caption = """Attention of the temporal CLS over the tokens of the caption, the number in each and the
-    bluer the more (mean of the heads; each row adds up to 1). Tokens are CLIP's pieces of words, between
-    <start> and <end>. CLIP reads from left to right, so a token's state knows all words before it:
+        rows.append([picture(pixels(stored["images"][i]), 54), text(truth), grid([boxes], 4)])
+    caption = """Attention of the temporal CLS over the tokens of the caption (mean of the heads; a row adds
+    up to 1). Tokens are CLIP's pieces of words, between <start> and <end>. CLIP reads from left to right, so
     attention on the end of the sentence can still be about its beginning."""
     return f"Which words does the image ask? Captions by {name}", caption, grid(rows, 10, x=0)
 
@@ -689,17 +656,20 @@ def draw_controls(args: argparse.Namespace):
         values = over_seeds(args, row)
         if values:
             fusion = row in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens")
-            ink = BLUE if fusion else GREY
-            rows.append((what, statistics.mean(values), in_words(row, *values), ink))
+            rows.append((what, statistics.mean(values), in_words(row, *values), BLUE if fusion else GREY))
     if not rows:
         raise FileNotFoundError("no row of multimodal.py")
-    low = math.floor(20 * min(value for _, value, _, _ in rows) - 0.5) / 20
-    caption = f"""Accuracy on static videos of the {args.split} split; the bars start at {100 * low:.0f}
-    %. Blue: the image and its caption; grey: controls, trained in the same way (the first not at all). ±:
-    standard deviation over seeds, where there are several. Captions help if fusion is above both image
-    only and text only; they merely answer if it is no better than reading the class off the caption."""
-    body = bars(rows, max(0, low), max(value for _, value, _, _ in rows))
-    return f"Does the caption help, or merely answer? Captions by {name}", caption, body
+    means = [mean for _, mean, _, _ in rows]
+    low = math.floor(20 * min(means) - 0.5) / 20  # a round number below all
+    lines = []
+    for what, mean, number, ink in rows:
+        bar = Image.new("RGB", (round(380 * (mean - low) / (max(means) - low)), 24), ink)
+        lines.append([text(what), grid([[bar, text(number)]])])
+    caption = f"""Accuracy on static videos of the {args.split} split; the bars start at {100 * low:.0f} %.
+    Blue: the image and its caption; grey: controls, trained in the same way (the first not at all). ±:
+    standard deviation over seeds. Captions help if fusion is above both image only and text only; they merely
+    answer if it is no better than reading the class off the caption."""
+    return f"Does the caption help, or merely answer? Captions by {name}", caption, grid(lines, 10, x=0)
 
 
 FIGURES = [draw_patches, draw_reconstruction, draw_maps, draw_tokens, draw_cka, draw_curves, draw_classes]
@@ -724,9 +694,7 @@ def figures(args: argparse.Namespace) -> None:
         print(f"drew {out / 'figures' / name}.png", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The moving picture
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the moving picture
 
 FILM = {
     "infonce": "learning without labels: InfoNCE",
@@ -746,81 +714,69 @@ def nearest_neighbours(queries: Tensor, keys: Tensor, labels: Tensor, k: int = 2
     return votes.argmax(dim=1)  # [n]
 
 
-def scenes_of(out: pathlib.Path) -> list[tuple[str, pathlib.Path | None]]:
-    """What the film shows: a title and a kept checkpoint each, of each training eight at most."""
-    scenes = [("before any training", None)]
+def scenes_of(out: pathlib.Path) -> dict[str, pathlib.Path]:
+    """What the film shows: titles and checkpoints, of each training eight kept epochs at most."""
+    scenes = {}
     for name, what in FILM.items():
-        kept = sorted(out.glob(f"{name}-epoch*.pt"), key=lambda path: int(path.stem.split("epoch")[1]))
-        for i in sorted({round(i) for i in np.linspace(0, len(kept) - 1, min(8, len(kept)))}):
-            epoch = kept[i].stem.split("epoch")[1]
-            scenes.append((f"{what}, epoch {epoch} of {len(kept)}", kept[i]))
+        kept = {int(path.stem.split("epoch")[1]): path for path in out.glob(f"{name}-epoch*.pt")}
+        epochs = sorted(kept)
+        for i in np.linspace(0, len(kept) - 1, min(8, len(kept))).astype(int):
+            scenes[f"{what}, epoch {epochs[i]} of {epochs[-1]}"] = kept[epochs[i]]
     return scenes
-
-
-def cls_of(encoder: vit.ViT, images: Tensor, machine: vit.Machine) -> Tensor:
-    """The CLS tokens [n, D], float32, of uint8 images [n, 3, S, S]."""
-    with torch.no_grad(), machine.autocast():
-        return torch.cat([encoder(x.float() / 255)[:, 0].float() for x in images.split(machine.eval_batch)])
 
 
 def movie(args: argparse.Namespace) -> None:
     """Draw maps and nearest neighbours, epoch by epoch, into figures/learning.gif (needs --keep-epochs)."""
-    target, scenes = pathlib.Path(args.out) / "figures" / "learning.gif", scenes_of(pathlib.Path(args.out))
-    if len(scenes) == 1:
+    out = pathlib.Path(args.out)
+    target, kept = out / "figures" / "learning.gif", scenes_of(out)
+    if not kept:
         return print(f"{target}: not drawn; `python ssl.py pretrain ... --keep-epochs` keeps what it shows")
-    made_from = vit.fingerprint(__file__, *(path for _, path in scenes[1:]))
-    if target.exists() and Image.open(target).info.get("comment") == made_from.encode():
+    made_from = vit.fingerprint(__file__, *kept.values()).encode()
+    if target.exists() and Image.open(target).info.get("comment") == made_from:
         return print(f"{target}: drawn before", flush=True)
 
     machine, limit = vit.Machine(args.device, args.precision, args.seed), min(args.limit or 5_000, 5_000)
-    train, train_labels = data.load(args.data, "train", machine.device, limit)
-    images, truth = data.load(args.data, "validation", machine.device, limit)
-    # the second image of each class, or the only one
-    shown = torch.stack([(truth == k).nonzero()[:2][-1, 0] for k in truth.unique()])
-    cosines, answers, right = [], [], []
-    for what, path in scenes:
+    train, train_labels = data.load(args.data, "train", limit=limit)
+    images, truth = data.load(args.data, "validation", limit=limit)
+    shown = first_of_each_class(truth)
+    scenes = {"before any training": None} | kept
+    cosines, guesses, right = [], [], []  # a scene each
+    for title, path in scenes.items():
         encoder = vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)
-        encoder.to(machine.device).eval()
-        queries, keys = cls_of(encoder, images, machine), cls_of(encoder, train, machine)
-        guess = nearest_neighbours(queries, keys, train_labels)
-        with torch.no_grad(), machine.autocast():
-            tokens = encoder(images[shown].float() / 255).float()  # [K, T, D]
-        cosines.append(token_similarity(tokens)[:, 0, 1:].cpu().numpy())  # [K, N]
-        answers.append(guess[shown].tolist())
-        right.append((guess == truth).float().mean().item())
-        print(f"{what}: nearest neighbours are right for {100 * right[-1]:.2f} %", flush=True)
+        tokens = tokens_of(encoder, images, machine)  # [n, T, D]
+        guess = nearest_neighbours(tokens[:, 0], tokens_of(encoder, train, machine)[:, 0], train_labels)
+        cosines.append(token_similarity(tokens[shown])[:, 0, 1:].numpy())  # [K, N]
+        guesses.append(guess[shown])  # [K]
+        right.append(100 * (guess == truth).float().mean().item())
+        print(f"{title}: nearest neighbours are right for {right[-1]:.2f} %", flush=True)
 
     source, side = data.source(args.data), math.isqrt(cosines[0].shape[1])
-    low, high = min(map(np.min, cosines)), max(map(np.max, cosines))
+    heat = colour((np.stack(cosines) - np.min(cosines)) / np.ptp(cosines))  # [scenes, K, N, 3]
     caption = f"""Validation images; below each the cosine of CLS with every patch (yellow: high) and the
-    class of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x:
-    wrong; the true class below it). The curve: how often that is right for {len(images):,} images."""
+    class of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x: wrong;
+    the true class below it). The curve: how often that is right for {len(images):,} images."""
     frames = []
-    for f, (what, _) in enumerate(scenes):
+    for f, title in enumerate(scenes):
         columns = []
-        for i, image in enumerate(pixels(images[shown].cpu())):
-            heat = colour(((cosines[f][i] - low) / (high - low)).reshape(side, side))
-            label, guess = truth[shown[i]].item(), answers[f][i]
-            below = text(f"({source.classes[label]})" if guess != label else " ", 12, GREY)
-            said = answer(source.classes[guess], guess == label)
-            columns.append([picture(image, 80), picture(heat, 80), said, below])
-        span = (len(scenes), min(right) - 0.01, max(right) + 0.01)
-        curve = chart("nearest neighbours right", {"": right[: f + 1]}, "scene", True, span=span)
+        for i, image in enumerate(pixels(images[shown])):
+            column = [picture(image, 80), picture(heat[f, i].reshape(side, side, 3), 80)]
+            label, guess = source.classes[truth[shown[i]]], source.classes[guesses[f][i]]
+            column.append(answer(guess, guess == label))
+            column.append(text("" if guess == label else f"({label})", 12, GREY))
+            columns.append(column)
+        curve = chart("nearest neighbours right (%), scene by scene", {"": right}, until=f + 1)
         body = grid([[grid(list(zip(*columns)))], [curve]], 14)
-        frames.append(page(what, caption, body, f"{source.provenance}; run {target.parent.parent.name}"))
+        frames.append(page(title, caption, body, f"{source.provenance}; run {out.name}"))
     every = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
     palette = every.quantize(200)  # one for all frames, so that what stands still costs nothing
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer, times = io.BytesIO(), [900] * len(others) + [3000]  # in milliseconds
-    comment = made_from.encode()
-    first.save(buffer, "GIF", save_all=True, append_images=others, duration=times, loop=0, comment=comment)
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=times, loop=0, comment=made_from)
     vit.write_file(target, buffer.getvalue())
     print(f"drew {target}, {len(frames)} frames, {len(buffer.getvalue()) / 1000:.0f} kB", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the table
 
 
 def language_rows(who: str) -> dict[str, tuple]:
@@ -873,12 +829,6 @@ TABLE = {
 REPORTED = {"cka_before": 0.8698, "cka_after": 0.7353}  # by the coursework report
 
 
-NOTES = """Time: training and evaluating what the row shows, without the stage that it starts from; a probe's
-includes the training of the encoder that it probes. Which feature a probe reads is chosen on the validation
-split. Tiny captions are not BLIP's, which the report used: a small captioner of the same library class,
-trained here on the training labels, wrote them; they hold no knowledge from outside."""
-
-
 def rows_of(args: argparse.Namespace) -> dict[str, dict]:
     """The rows measured on --split, by their plain names."""
     rows = vit.read_results(args.out)["rows"].items()
@@ -888,11 +838,9 @@ def rows_of(args: argparse.Namespace) -> dict[str, dict]:
 def over_seeds(args: argparse.Namespace, name: str) -> list[float]:
     """A row's value in this run, and in those beside it of other seeds (OUT-seed1, OUT-seed2, ...)."""
     out = pathlib.Path(args.out)
-    found = []
-    for folder in (out, *sorted(out.parent.glob(f"{out.name}-seed*"))):
-        row = vit.read_results(folder)["rows"].get(vit.row_name(args, name), {})
-        found += [row["value"]] if "value" in row else []
-    return found
+    folders = [out, *sorted(out.parent.glob(f"{out.name}-seed*"))]
+    rows = [vit.read_results(folder)["rows"].get(vit.row_name(args, name)) for folder in folders]
+    return [row["value"] for row in rows if row]
 
 
 def in_words(name: str, *values: float) -> str:
@@ -903,10 +851,15 @@ def in_words(name: str, *values: float) -> str:
     return f"{scale * statistics.mean(values):.{digits}f}{spread}{unit}"
 
 
+NOTES = """Time: training and evaluating what the row shows, without the stage that it starts from; a probe's
+includes the training of the encoder that it probes. A probe reads cls or the mean of the patch tokens, as is
+better on the validation split. Tiny captions are not BLIP's, which the report used: a small captioner of the
+same library class wrote them, trained here on the training labels; they hold no knowledge from outside."""
+
+
 def report(args: argparse.Namespace) -> None:
     """Write out/report.md from results.json, and print its table; note there which Model M is best."""
-    results, out = vit.read_results(args.out), pathlib.Path(args.out)
-    rows = rows_of(args)
+    results, rows, out = vit.read_results(args.out), rows_of(args), pathlib.Path(args.out)
     if not rows:
         sys.exit(f"{out} has no rows of the {args.split} split yet; `bash run_all.sh` runs what writes them")
     if args.seconds:
@@ -918,59 +871,55 @@ def report(args: argparse.Namespace) -> None:
         results["rows"][vit.row_name(args, "m_best_probe")] = rows["m_best_probe"]
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
-    table = []
+    table = [["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]]
     for name, (what, *controls) in TABLE.items():
         if name not in rows:
             continue
         row = rows[name]
         reported = row.get("report") or REPORTED.get(name)
-        control = next((control for control in controls if control in rows), None)
-        against = f"{control} {in_words(control, rows[control]['value'])}" if control else ""
-        what += f" = {row['variant']}" if "variant" in row else ""
-        what += {"cls": " (CLS)", "mean": " (mean of patch tokens)"}.get(row.get("features"), "")
-        time = f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""
-        numbers = [in_words(name, row["value"]), in_words(name, reported) if reported else "", against]
-        table.append([name, *numbers, str(row.get("epochs", "")), time, what, f"`{row['command']}`"])
-    heads = ["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *table)]
-    lines.insert(1, "|---|" + "---:|" * 2 + "---|" + "---:|" * 2 + "---|" * 2)
-    warning = ""
-    if results["dataset"] == "synthetic":
-        warning = "SYNTHETIC DATA: these are not CIFAR-10 numbers. "
+        control = next((other for other in controls if other in rows), None)
+        details = ", ".join(row[key] for key in ("variant", "features") if key in row)
+        cells = [
+            name,
+            in_words(name, row["value"]),
+            in_words(name, reported) if reported else "",
+            f"{control} {in_words(control, rows[control]['value'])}" if control else "",
+            str(row.get("epochs", "")),
+            f"{row['seconds'] / 60:.1f} min" if "seconds" in row else "",
+            f"{what} ({details})" if details else what,
+            f"`{row['command']}`",
+        ]
+        table.append(cells)
+
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    lines.insert(1, "|---|---:|---:|---|---:|---:|---|---|")
+    about = f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
     if args.limit:
-        warning += f"ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
+        about += f" ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    parts = [f"# Results of {out.name}"]
-    parts += [f"**{warning.strip()}**"] if warning else []
-    parts += [
-        f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
-    ]
-    parts += [f"Machine: {results['device']}, {results['precision']}; {versions}.", "\n".join(lines), NOTES]
+    machine = f"Machine: {results['device']}, {results['precision']}; {versions}."
+    parts = [f"# Results of {out.name}", about, machine, "\n".join(lines), NOTES]
     for name in FIGURES:
         if (out / "figures" / f"{name}.png").exists():
             parts.append(f"### {name}\n\n![{name}](figures/{name}.png)")
     vit.write_file(out / "report.md", ("\n\n".join(parts) + "\n").encode())
-    for name, ours, theirs, against, *_ in (heads, *table):
-        print(f"{name:<24}{ours:>9}{theirs:>9}  {against}")
-    print(f"{warning}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
+    for name, ours, theirs, control, *_ in table:
+        print(f"{name:<24}{ours:>9}{theirs:>9}  {control}")
+    print(f"{about}\nThe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, parents=[vit.common_arguments()]
-    )
+    formatter, parents = argparse.RawDescriptionHelpFormatter, [vit.common_arguments()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, parents=parents)
     stages = {function.__name__: function for function in (maps, cka, figures, movie, report)}
     add = parser.add_argument
     add("what", nargs="+", choices=list(stages), help="one of these, or several, one after another")
-    add("--before", help="maps, cka: checkpoint before fine-tuning")
-    add("--after", help="maps, cka: checkpoint after fine-tuning")
+    add("--before", help="maps, cka: checkpoint before fine-tuning (default: OUT/m_joint.pt)")
+    add("--after", help="maps, cka: checkpoint after fine-tuning (default: OUT/finetune.pt)")
     add("--seconds", type=int, help="report: how long the whole run took, where it ran in one go")
 
     def run(args: argparse.Namespace) -> None:
         """The stages that the command line names, one after another."""
-        if {"maps", "cka"} & {*args.what} and not (args.before and args.after):
-            parser.error("maps and cka need --before and --after")
         for name in args.what:
             stages[name](args)
 

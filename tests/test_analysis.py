@@ -1,5 +1,6 @@
 """CKA against Gram matrices, and the measures of the similarity maps."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import call
@@ -34,9 +35,8 @@ def streamed(*parts, debiased=False, batch=17):
 @pytest.mark.parametrize("debiased", [False, True])
 def test_streaming_cka_equals_brute_force(debiased):
     x = torch.randn(100, 20, dtype=torch.float64) + 3
-    y = (x[:, :7] @ torch.randn(7, 9, dtype=torch.float64)).tanh() + 0.3 * torch.randn(
-        100, 9, dtype=torch.float64
-    )
+    y = (x[:, :7] @ torch.randn(7, 9, dtype=torch.float64)).tanh()
+    y += 0.3 * torch.randn(100, 9, dtype=torch.float64)
     found = streamed(x, y, debiased=debiased)
     assert found[0, 1].item() == pytest.approx(brute_force_cka(x, y, debiased).item(), abs=1e-10)
     torch.testing.assert_close(found, found.T)
@@ -83,40 +83,15 @@ def test_one_nan_costs_its_own_row_and_column_only(debiased):
 
 
 def test_fewer_keys_than_neighbours_asked_for_all_vote():
-    guess = analysis.nearest_neighbours(
-        torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 1, 1, 0, 2]), k=20
-    )
+    queries, keys, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 1, 1, 0, 2])
+    guess = analysis.nearest_neighbours(queries, keys, labels, k=20)
     assert guess.tolist() == [1, 1, 1]
 
 
 def test_the_moving_picture_needs_few_images(tmp_path):
     """15 images: classes of one or two, fewer than 20 neighbours."""
-    few = [
-        "--data",
-        "synthetic",
-        "--limit",
-        15,
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-        "--out",
-        tmp_path,
-    ]
-    call(
-        "ssl.py",
-        "finetune",
-        "--dim",
-        16,
-        "--epochs",
-        1,
-        "--batch",
-        5,
-        "--name",
-        "finetune",
-        "--keep-epochs",
-        *few,
-    )
+    few = "--data synthetic --limit 15 --device cpu --precision float32 --out".split() + [tmp_path]
+    call("ssl.py", *"finetune --dim 16 --epochs 1 --batch 5 --name finetune --keep-epochs".split(), *few)
     assert "drew" in call("analysis.py", "movie", *few)
 
 
@@ -144,7 +119,5 @@ def test_nearest_neighbours_vote():
 
 
 def test_colour_map_ends_are_viridis():
-    import numpy as np
-
     found = analysis.colour(np.array([0.0, 1.0, 0.5]))
     assert found.tolist() == [[68, 1, 84], [253, 231, 37], [33, 144, 141]]
