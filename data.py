@@ -52,9 +52,7 @@ RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
 
-# ------------------------------------------------------------------------------------------------------------
-# Part 1: data on disk
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 1: data on disk
 
 
 def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
@@ -250,9 +248,8 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tenso
     return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Part 2: augmentation. Every function works on a whole batch and draws from one generator.
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 2: augmentation
+# Every function works on a whole batch and draws from one generator.
 
 
 def uniform(like: Tensor, low: float, high: float, generator: Generator | None, *shape: int) -> Tensor:
@@ -363,9 +360,7 @@ def cutmix_accuracy(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor)
     return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Part 3: patches
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 3: patches
 
 
 def patchify(images: Tensor, patch: int = 8) -> Tensor:
@@ -433,9 +428,7 @@ def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, m
     return unpatchify(x), mask_at, turn_at, angle
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Part 4: batches
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 4: batches
 
 
 def shuffled_batches(number: int, batch: int, generator: Generator):

@@ -28,7 +28,6 @@ CLIP's embedding.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
@@ -49,9 +48,7 @@ import vit
 
 REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 1: the network
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 1: the network
 
 
 class CrossAttention(nn.Module):
@@ -66,6 +63,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -154,14 +153,12 @@ class Fusion(nn.Module):
         return self.video.head(self.video.norm(x[:, 0]))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 2: captions. One JSON object per line: first what made them, then {"split", "index", "caption"}.
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 2: captions
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
-    """(model, processor) of a BLIP captioner on Hugging Face's hub or in a folder; on CUDA in half precision.
-    SystemExit where it can't be had, or lacks weights: the library would fill them in at random."""
+    """(model, processor) of a BLIP captioner on Hugging Face's hub or in a folder. SystemExit where it can't
+    be had, or lacks weights: the library would fill them in at random."""
     import transformers
 
     quiet()
@@ -174,7 +171,7 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         sys.exit(f"can't load the captioner {name} ({first_line(error)}); {advice}")
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
-    return model.to(device, torch.float16 if device.type == "cuda" else torch.float32).eval(), processor
+    return model.to(device).eval(), processor
 
 
 def quiet() -> None:
@@ -199,30 +196,26 @@ def pixel_values(processor, images: Tensor) -> Tensor:
     return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
 
 
-def describe(model, processor, images: Tensor, beams: int, longest: int, machine: vit.Machine) -> list[str]:
-    """The captions, of at most `longest` tokens each, of uint8 images [n, 3, S, S]."""
-    longest = min(longest, model.config.text_config.max_position_embeddings - 1)
-    pixels = pixel_values(processor, images).to(model.dtype)
-    # elsewhere than on the CPU the weights themselves are in the precision chosen
-    precision = machine.autocast() if machine.device.type == "cpu" else contextlib.nullcontext()
-    with torch.no_grad(), precision:
-        tokens = model.generate(pixel_values=pixels, num_beams=beams, max_new_tokens=longest)
+def describe(model, processor, images: Tensor, machine: vit.Machine) -> list[str]:
+    """The captions, of at most 20 tokens each, of uint8 images [n, 3, S, S]; each word the likeliest next."""
+    longest = min(20, model.config.text_config.max_position_embeddings - 1)  # small BLIPs have few positions
+    with torch.no_grad(), machine.autocast():
+        pixels = pixel_values(processor, images)
+        tokens = model.generate(pixel_values=pixels, num_beams=1, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
-    """A caption file's header, and its captions by (split, index). SystemExit if it is no such file."""
+    """A caption file's header, and its captions by (split, index). One JSON object a line: first what made
+    them, then {"split", "index", "caption"}. SystemExit if it is no such file."""
     try:
-        *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
+        lines = pathlib.Path(path).read_bytes().splitlines()
     except OSError:
         sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
-    if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
-        lines.append(last)
     try:
         header, *captions = [json.loads(line) for line in lines if line.strip()]
-        if not {"captioner", "model", "dataset"} <= set(header):
-            raise ValueError
-        return header, {(line["split"], line["index"]): line["caption"] for line in captions}
+        captions = {(line["split"], line["index"]): line["caption"] for line in captions}
+        return {key: header[key] for key in ("captioner", "model", "dataset")} | header, captions
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
@@ -269,16 +262,6 @@ def small_blips(out: str) -> list[str]:
     return folders
 
 
-def captions_before(path: pathlib.Path, header: dict) -> dict:
-    """The captions in the file, to go on with; SystemExit where it was made otherwise than `header` says."""
-    before, captions = read_captions(path)
-    for key, value in header.items():
-        if before.get(key) != value:
-            made = f"{path} was made with another {key}: {before.get(key)}, not {value}"
-            sys.exit(f"{made}; add --fresh to start over, or choose another --name")
-    return captions
-
-
 def caption(args: argparse.Namespace) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class.
 
@@ -287,9 +270,10 @@ def caption(args: argparse.Namespace) -> None:
     """
     machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
     name = f"captions_{args.captioner}"
-    header = {"captioner": args.captioner, "dataset": about.name, "beams": args.beams}
-    header |= {"max_new_tokens": args.max_new_tokens}
+    header = {"captioner": args.captioner, "dataset": about.name}
     if args.captioner == "blip":
+        if args.seen:
+            sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
     else:
@@ -301,7 +285,10 @@ def caption(args: argparse.Namespace) -> None:
             models = models[1:] + models[:1]
     name = args.name or name
     path = pathlib.Path(args.out, f"{name}.jsonl")
-    captions = captions_before(path, header) if path.exists() and not args.fresh else {}
+    captions = {}
+    if path.exists() and not args.fresh:
+        before, captions = read_captions(path)
+        vit.refuse_other_settings(path, before, header)
 
     load = functools.cache(load_blip)  # once each, when it is needed
     labels, saved = {}, time.perf_counter()
@@ -314,8 +301,7 @@ def caption(args: argparse.Namespace) -> None:
             for start in range(0, len(own), args.batch):
                 index = own[start : start + args.batch]
                 model, processor = load(folder, args.revision, machine.device)
-                x = images[index].to(machine.device)  # [B, 3, S, S]
-                found = describe(model, processor, x, args.beams, args.max_new_tokens, machine)
+                found = describe(model, processor, images[index].to(machine.device), machine)
                 captions |= {(split, i): text for i, text in zip(index, found)}
                 progress.advance(len(index))
                 if time.perf_counter() - saved > 10:  # seconds: no accident costs more
@@ -333,9 +319,7 @@ def caption(args: argparse.Namespace) -> None:
     vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 3: embeddings
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 3: embeddings
 
 
 def load_clip(name: str, weights: str | None):
@@ -392,11 +376,9 @@ def embed(args: argparse.Namespace) -> None:
         clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     path = embeddings_path(args.out, args.captions)
     used, embedded = read_embeddings(path)
-    if used != clip:
-        embedded = {}
+    embedded = embedded if used == clip else {}
     new = [c for c in dict.fromkeys(captions.values()) if c not in embedded]
-    total = len(embedded) + len(new)
-    print(f"{len(captions):,} captions, {total:,} distinct, {len(new):,} to embed with {name}")
+    print(f"{len(captions):,} captions, {len(new):,} to embed with {name}, each once")
     if not new:
         return
     machine = vit.Machine(args.device, "float32", args.seed)
@@ -409,40 +391,32 @@ def embed(args: argparse.Namespace) -> None:
         embedded |= embed_words(model, tokenizer, some)
         progress.advance(len(some))
     words, states = zip(*embedded.values())
-    arrays = {"used": clip, "captions": list(embedded), "words": words}
-    arrays |= {"length": [len(s) for s in states], "states": torch.cat(states).half()}
-    vit.write_arrays(path, **arrays)
+    states = torch.cat(states).half().split([len(s) for s in states])  # one storage, so one piece of the file
+    vit.write_tensors(path, {"clip": clip, "embedded": dict(zip(embedded, zip(words, states)))})
     print(f"wrote {path}")
 
 
 def embeddings_path(out: str, captions: str) -> pathlib.Path:
     """Where the embeddings of a caption file lie."""
-    return pathlib.Path(out, pathlib.Path(captions).stem + ".npz")
+    return pathlib.Path(out, pathlib.Path(captions).stem + "_clip.pt")
 
 
 def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tensor]]]:
     """Which CLIP made them, and what embed_words found, in float16; empty where there is no file."""
-    import numpy
-
-    stored = numpy.load(path) if path.exists() else {}
-    if "words" not in stored:  # no file, or one of an earlier version
-        return "", {}
-    states = torch.from_numpy(stored["states"]).split(stored["length"].tolist())
-    captions, words = stored["captions"].tolist(), stored["words"].tolist()
-    return stored["used"].item(), dict(zip(captions, zip(words, states)))
+    stored = torch.load(path, weights_only=True) if path.exists() else {"clip": "", "embedded": {}}
+    return stored["clip"], stored["embedded"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 4: without downloads. A BLIP and a CLIP small enough to train here, on sentences made from the label
-# and a few measured words. They know nothing that the training images don't hold, so from such a caption
-# expect what a second opinion brings, no more; what the real BLIP adds is knowledge from outside.
+# ---------------------------------------------------------------- Part 4: without downloads
+# A BLIP and a CLIP small enough to train here, on sentences made from the label and a few measured words.
+# They know nothing that the training images don't hold, so expect of their captions what a second opinion
+# brings, no more; what the real BLIP adds is knowledge from outside.
 #
 # A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such
 # captions would learn to copy the class word, which is right there and often wrong on new images. So the
 # training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
 # f: no image is captioned by a model that has seen it. (The real BLIP may have met some of CIFAR-10's images
 # on the web, but not their labels.)
-# ---------------------------------------------------------------------------------------------------------
 
 HUES = "red yellow green cyan blue purple".split()
 
@@ -626,9 +600,7 @@ def tiny(args: argparse.Namespace) -> None:
     train_small_clip(args, encoder, images, truth, machine)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 5: fusion and its controls
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 5: fusion and its controls
 
 
 class Captioned(NamedTuple):
@@ -785,8 +757,6 @@ def main() -> None:
     add("--blip", default=blip, help="model id or folder (default: %(default)s)")
     add("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
     add("--seen", action="store_true", help="tiny: use models that have seen the training images' labels")
-    add("--beams", type=int, default=1, help="of beam search (default: 1, greedy)")
-    add("--max-new-tokens", type=int, default=20, help="longest caption (default: %(default)s)")
     add("--batch", type=int, default=250, help="images at a time (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(run=caption)
@@ -795,11 +765,8 @@ def main() -> None:
     add = p.add_argument
     add("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
     add("--clip", help='architecture or "local-dir:FOLDER" (default: ViT-B-32; for tiny the small one)')
-    add(
-        "--clip-weights",
-        default="laion2b_s34b_b79k",
-        help="tag or file of its weights (default: %(default)s)",
-    )
+    weights = "laion2b_s34b_b79k"
+    add("--clip-weights", default=weights, help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
     training = vit.training_arguments(epochs=25, lr=5e-4, batch=128)

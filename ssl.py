@@ -46,9 +46,7 @@ else:
 # the coursework report's test accuracies
 REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029}
 
-# ---------------------------------------------------------------------------------------------------------
-# InfoNCE
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- InfoNCE
 
 
 def info_nce(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -96,14 +94,11 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
         run.save()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Model M
-#
+# ---------------------------------------------------------------- Model M
 #   loss = cross-entropy of the angle + mean squared error of the blacked-out patches (+ contrast * InfoNCE)
 #
 # The error is that of standardised pixels; in units of [0, 1] it would weigh 16 times less. R in the shapes
 # below: rows of a step, B images, or with --contrast the 2B views of them.
-# ---------------------------------------------------------------------------------------------------------
 
 # --pretext: share of the patches that are masked, and that are turned; "image-rotation" turns the whole image
 TASKS = {"both": (1 / 4, 1 / 4), "masking": (1 / 4, 0), "rotation": (0, 1 / 4), "image-rotation": (0, 0)}
@@ -174,9 +169,7 @@ def pretrain(args: argparse.Namespace) -> None:
         pretrain_m(args, encoder, images, machine)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fine-tuning
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Fine-tuning
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -232,9 +225,7 @@ def predict(model: nn.Module, images: Tensor, machine: vit.Machine) -> Tensor:
         return torch.cat([model(x.float() / 255).float() for x in images.split(machine.eval_batch)])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The linear probe
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- The linear probe
 
 
 def features(encoder: vit.ViT | None, images: Tensor, machine: vit.Machine) -> dict[str, Tensor]:

@@ -35,9 +35,7 @@ import vit
 REPORTED = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244}
 REPORTED |= {"video_report_1": 0.4404, "video_report_2": 0.4244}
 
-# ------------------------------------------------------------------------------------------------------------
-# The two networks
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- The two networks
 
 
 class FactorisedEncoder(nn.Module):
@@ -147,15 +145,12 @@ class FactorisedAttention(nn.Module):
 
 MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 
-# ------------------------------------------------------------------------------------------------------------
-# Clips
-#
+# ---------------------------------------------------------------- Clips
 # 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right.
 # Trained on that alone, the network stops there: the loss is small and no longer says what is wrong with any
 # single image. But a static video has no other images to vote with. Hence two additions: every image must
 # also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and clips
 # have a random number of different images (--repeats), from a static video to 16.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> Tensor:
@@ -198,9 +193,7 @@ def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: f
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The stage
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- The stage
 
 
 def train(args: argparse.Namespace) -> None:

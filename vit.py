@@ -36,9 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 1: the network
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Part 1: the network
 
 
 class Attention(nn.Module):
@@ -230,13 +228,12 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images)[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Part 2: the plumbing. Nothing below is about transformers.
+# ---------------------------------------------------------------- Part 2: the plumbing
+# Nothing below is about transformers.
 #
 # Under torchrun, PyTorch's launcher, every process draws the same random numbers and augments the whole batch
 # (cheap beside the network); then each trains on its `share`, `data_parallel` averages the gradients, and
 # InfoNCE, whose negatives are all other images, needs `gather`. One process gets back what it gave them.
-# ---------------------------------------------------------------------------------------------------------
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # only process 0 prints and writes
@@ -516,15 +513,7 @@ class Run:
         before, now = state["settings"] | {"device": state["device"]}, dict(self.settings)
         if state["optimizer"]:
             now["device"] = self.machine.device.type  # in mid-run: a random generator can't go on elsewhere
-        for key in now:
-            if before.get(key) != now[key]:
-                made = f"--{key.replace('_', '-')} {before.get(key)}, not {now[key]}"
-                if key in FILES or not hasattr(self.args, key):
-                    made = f"another {key}"
-                elif key == "epochs":
-                    made += " (its learning rate falls to zero at the end: there is no going on)"
-                advice = "add --fresh to start over, or choose another --name"
-                sys.exit(f"{self.path} was made with {made}: {advice}")
+        refuse_other_settings(self.path, before, now)
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         if not state["optimizer"]:  # not kept once a run is finished
@@ -615,6 +604,16 @@ def what_matters(args: argparse.Namespace, encoder: ViT | None) -> dict:
         config = encoder.config
         found |= {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
     return found
+
+
+def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
+    """SystemExit if the file that is to be gone on with was made otherwise than it would be now."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            made = f"{path} was made with {key} {before.get(key)!r}, not {value!r}"
+            if key == "epochs":
+                made += " (its learning rate falls to zero at the end: there is no going on)"
+            sys.exit(f"{made}; add --fresh to start over, or choose another --name")
 
 
 def loaded_files() -> list[str]:
