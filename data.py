@@ -8,10 +8,9 @@ Part 4, batches:         shuffled batches, SameClassBatchSampler
 The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor
 operations on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
 
-Depends on torch, numpy and pillow: copy this file alone.
+Depends on torch and numpy: copy this file alone.
 
-    python data.py --data data              # fetch CIFAR-10 into data/ and check it
-    python data.py --sheet synthetic.png    # look at the synthetic stand-in
+    python data.py --data data    # fetch CIFAR-10 into data/ and check it
 
 Shape letters: B batch, S image size, P patch size, N patches, M masked patches, C colour channels. Images are
 [B, 3, S, S].
@@ -38,7 +37,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
 
 # the binary version: labels and pixels, no pickle
@@ -166,8 +164,10 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     validation   5,000, held out of the official training set, always the same: choose with these
     test        10,000, the official test set: for the final number only
 
-    `data`: see `source`; `limit` keeps so many images (None: all).
+    `data`: see `source`; `limit` keeps so many images (None: all). Raises ValueError for another split.
     """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split must be train, validation or test, not {split!r}")
     images, labels = source(data).read(split, limit)
     return images[:limit].to(device), labels[:limit].to(device)
 
@@ -457,9 +457,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # indices of each class
         smallest = min(len(members) for members in self.members)
         if smallest < batch:
-            raise ValueError(
-                f"a class has only {smallest} images, fewer than one same-class batch of {batch}"
-            )
+            raise ValueError(f"a class has only {smallest} images, fewer than one clip's {batch}")
         self.batch, self.batch_size, self.seed, self.epoch = batch, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -480,17 +478,10 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it, or draw the stand-in")
-    add = parser.add_argument
-    add("--data", default="data", help="where cifar-10-batches-bin is, or shall be (default: %(default)s)")
-    add("--sheet", metavar="PNG", help="instead, draw ten of each synthetic class to this file")
+    parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it")
+    where = "where cifar-10-batches-bin is, or shall be (default: %(default)s)"
+    parser.add_argument("--data", default="data", help=where)
     args = parser.parse_args()
-    if args.sheet:
-        images, labels = synthetic(400)
-        rows = torch.cat([images[labels == k][:10] for k in range(10)])  # [100, 3, 32, 32]
-        sheet = unpatchify(rows[None])[0].permute(1, 2, 0)  # [320, 320, 3]: an image made of 100 "patches"
-        Image.fromarray(sheet.numpy()).resize((960, 960), Image.NEAREST).save(args.sheet)
-        return print(f"drew {args.sheet}; a row per class: {', '.join(SHAPES)}")
     if source(args.data).name == "cifar10" and not find(args.data).exists():
         fetch(find(args.data).parent)
     for split in ("train", "validation", "test"):

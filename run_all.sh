@@ -204,11 +204,9 @@ if [ -n "$questions" ]; then
   stage "and with all" $finetune --epochs 8
   stage "all labels, fine-tuning Model M" $finetune --checkpoint $out/m.pt --epochs 8 --name finetune_m
   stage "all labels, fine-tuning InfoNCE" $finetune --checkpoint $out/infonce.pt --epochs 8 --name finetune_infonce
-  stage "probe of untrained, 1 % of the labels" $probe untrained --labels 0.01 --name untrained_probe_1
-  stage "and with 10 %" $probe untrained --labels 0.1 --name untrained_probe_10
+  stage "probes, 1 % of the labels" $probe untrained $out/{m,infonce,m_joint}.pt --labels 0.01
+  stage "and with 10 %" $probe untrained $out/{m,infonce,m_joint}.pt --labels 0.1
   for start in m infonce m_joint; do
-    stage "probe of $start, 1 % of the labels" $probe $out/$start.pt --labels 0.01 --name ${start}_probe_1
-    stage "and with 10 %" $probe $out/$start.pt --labels 0.1 --name ${start}_probe_10
     tune="$finetune --checkpoint $out/$start.pt"
     stage "fine-tuning $start, 1 % of the labels" $tune $few --name finetune_${start}_1
     stage "and with 10 %" $tune $some --name finetune_${start}_10

@@ -289,7 +289,8 @@ def probe(args: argparse.Namespace) -> None:
     """
     if args.name and len(args.checkpoint) > 1:
         sys.exit("--name is for one checkpoint; leave it out, and each row is called after its checkpoint")
-    names = {path: args.name or f"{pathlib.Path(path).stem}_probe" for path in args.checkpoint}
+    percent = "" if args.labels == 1 else f"_{100 * args.labels:g}"
+    names = {path: args.name or f"{pathlib.Path(path).stem}_probe{percent}" for path in args.checkpoint}
     left = [path for path in names if not vit.measured(args, names[path], path)]
     if not left:
         return

@@ -610,7 +610,7 @@ def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
     """SystemExit if the file that is to be gone on with was made otherwise than it would be now."""
     for key, value in now.items():
         if before.get(key) != value:
-            made = f"{path} was made with {key} {before.get(key)!r}, not {value!r}"
+            made = f"{path} was made with another {key}: {before.get(key)!r}, not {value!r}"
             if key == "epochs":
                 made += " (its learning rate falls to zero at the end: there is no going on)"
             sys.exit(f"{made}; add --fresh to start over, or choose another --name")

@@ -529,7 +529,7 @@ def test_another_clip_makes_another_fusion_run(finished):
     stage(line, finished)
     assert "measured before" in stage(line, finished)
     torch.save(torch.load(stored, weights_only=True) | {"clip": "another CLIP"}, stored)
-    assert "made with clip 'tiny_clip" in stage(line, finished, code=1)
+    assert "made with another clip: 'tiny_clip" in stage(line, finished, code=1)
     stored.write_bytes(before)
 
 
@@ -541,7 +541,10 @@ def test_mistakes_are_one_sentence(finished, tmp_path):
     embed = "multimodal.py embed --captions OUT/captions_tiny.jsonl"
     fuse = "multimodal.py fuse --captions OUT/captions_tiny.jsonl"
     for line, sentence in [
-        ("multimodal.py caption --captioner blip --name captions_tiny", "made with captioner 'tiny', not 'blip'"),
+        (
+            "multimodal.py caption --captioner blip --name captions_tiny",
+            "another captioner: 'tiny', not 'blip'",
+        ),
         ("multimodal.py caption --captioner blip --seen", "--seen is for the small captioner"),
         (f"{embed} --clip local-dir:{tmp_path}", "multimodal.py tiny` trains one"),
         (f"{embed} --clip ViT-B-32 --clip-weights no/such/file", "name a file with --clip-weights"),

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, call, load, run
+from conftest import ROOT, call, load
 from PIL import Image
 
 import analysis
@@ -92,12 +92,8 @@ def test_every_command_that_is_shown_parses(script, stage1, monkeypatch):
         assert parsers[0].parse_args(shlex.split(line)[1:]).run, line
 
 
-def test_the_two_commands_that_need_no_options(tmp_path):
-    assert "all, with CLS and positions" in call("vit.py", "--device", "cpu", "--precision", "float32")
-    assert (
-        "a row per class" in run("data.py", "--sheet", tmp_path / "synthetic.png")
-        and (tmp_path / "synthetic.png").exists()
-    )
+def test_the_command_that_needs_no_options():
+    assert "all, with CLS and positions" in call("vit.py")
 
 
 def test_readmes_recipe_for_images_of_ones_own_works(tmp_path, monkeypatch):

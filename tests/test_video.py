@@ -309,7 +309,7 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     assert "video_encoder_1" in call("analysis.py", "report", "--out", tmp_path, *TINY)
     assert "finished before" in call(*command)
     call("ssl.py", "probe", "--checkpoint", tmp_path / "video_divided_1.pt", "--out", tmp_path, *TINY)
-    assert "made with frames 16, not 8" in call(*command, "--frames", 8, code=1)
+    assert "made with another frames: 16, not 8" in call(*command, "--frames", 8, code=1)
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
@@ -341,7 +341,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--limit", 100], "fewer than one same-class batch of 16"),
+        (["--limit", 100], "fewer than one clip"),
         (["--dim", 64], "has --dim 32, not 64"),
         (["--patch", 4], "has --patch 8, not 4"),
         (["--blocks", 7], "has only 6 blocks"),

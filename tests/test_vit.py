@@ -206,11 +206,11 @@ def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
 
 def test_other_settings_do_not_resume_silently(tmp_path):
     train(tiny_run(tmp_path))
-    with pytest.raises(SystemExit, match="tiny.pt was made with lr 0.001, not 1.0; add --fresh"):
+    with pytest.raises(SystemExit, match="tiny.pt was made with another lr: 0.001, not 1.0; add --fresh"):
         tiny_run(tmp_path, lr=1.0)
-    with pytest.raises(SystemExit, match="epochs 2, not 3 .its learning rate falls to zero"):
+    with pytest.raises(SystemExit, match="another epochs: 2, not 3 .its learning rate falls to zero"):
         tiny_run(tmp_path, epochs=3)
-    with pytest.raises(SystemExit, match="was made with checkpoint None, not '[0-9a-f]{12}'; add --fresh"):
+    with pytest.raises(SystemExit, match="another checkpoint: None, not '[0-9a-f]{12}'; add --fresh"):
         tiny_run(tmp_path, checkpoint=tmp_path / "tiny.pt")
     assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
 
