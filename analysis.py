@@ -356,7 +356,7 @@ def matrix(values: np.ndarray, labels: list[str], cell: int, framed=()) -> Box:
     """A square matrix of shares in colour, with its entries; framed: cells (i, j) to point out."""
     rows = []
     for i, row in enumerate(values):
-        rows.append([text(labels[i], 12)])
+        rows.append([ImageOps.expand(text(labels[i], 12), 3, PAPER)])
         for j, value in enumerate(row):
             if np.isnan(value):
                 box = tile("", cell, cell, LIGHT)
