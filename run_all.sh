@@ -85,10 +85,10 @@ fi
 if [ "$data" != synthetic ]; then
   printf '\n== the images\n$ python data.py --data %q\n' "$data"
   code=0; python data.py --data "$data" || code=$?
-  [ $code -le 1 ] || exit $code  # Ctrl-C
-  if [ $code = 1 ]; then  # damaged files are the user's to look at
-    if [[ "$data" == */cifar-10-batches-bin ]] || [ -e "$data/cifar-10-batches-bin" ]; then exit 1; fi
+  if [ $code = 1 ] && [[ "$data" != */cifar-10-batches-bin ]] && [ ! -e "$data/cifar-10-batches-bin" ]; then
     data=synthetic
+  elif [ $code != 0 ]; then
+    exit $code  # damaged files, which are the user's to look at; Ctrl-C
   fi
 fi
 [ "$data" = synthetic ] && dataset=synthetic || dataset=cifar10
@@ -110,8 +110,8 @@ except BlockingIOError: sys.exit(1)
 except OSError as error: print(f"no locks on this disk ({error.strerror}): do not start two runs in one folder")
 ' || fail "another run_all.sh is working in $out; wait for it or stop it"
 [ -z "$fresh" ] || rm -rf $out/*
-from_nothing=""
-[ -e $out/results.json ] || [ -n "$questions" ] || from_nothing=yes
+timed=""
+[ -e $out/results.json ] || [ -n "$questions" ] || timed=yes  # from nothing to the end
 common=(--out $out --split test --seed $seed)
 [ "$data" = data ] || common+=(--data "$data")
 [ $profile != quick ] || common+=(--limit 1000)
@@ -128,18 +128,17 @@ finetune="$train ssl.py finetune --cutmix $cutmix"
 probe="python ssl.py probe --checkpoint"
 stage "InfoNCE: two views of one image look alike" $pretrain infonce --epochs $epochs_infonce --keep-epochs
 stage "Model M: name the angle, repaint the patches" $pretrain m --epochs $epochs_m
-stage "Model M continued with InfoNCE beside it" \
-  $pretrain m --init $out/infonce.pt --contrast 1 --name m_joint --epochs $epochs_m_joint --keep-epochs
+joint="--init $out/infonce.pt --contrast 1 --name m_joint"
+stage "Model M continued, InfoNCE beside it" $pretrain m $joint --epochs $epochs_m_joint --keep-epochs
 stage "linear probes; controls: raw pixels, an untrained ViT" $probe pixels untrained $out/{infonce,m,m_joint}.pt
 stage "fine-tuning on labels" $finetune --checkpoint $out/m_joint.pt --epochs $epochs_finetune --keep-epochs
 if [ $profile = full ] || [ -n "$questions" ]; then
-  stage "control: InfoNCE continued with InfoNCE, as long as m_joint" \
-    $pretrain infonce --init $out/infonce.pt --name infonce_longer --epochs $epochs_m_joint
+  again="--init $out/infonce.pt --name"  # InfoNCE continued: by itself as long as m_joint, or by Model M alone
+  stage "control: InfoNCE, longer" $pretrain infonce $again infonce_longer --epochs $epochs_m_joint
   stage "its linear probe" $probe $out/infonce_longer.pt
-  stage "fine-tuning from it" \
-    $finetune --checkpoint $out/infonce_longer.pt --epochs $epochs_finetune --name finetune_infonce_longer
-  stage "Model M continued from InfoNCE, without it" \
-    $pretrain m --init $out/infonce.pt --name m_infonce --epochs $epochs_m_continued
+  longer="--checkpoint $out/infonce_longer.pt --epochs $epochs_finetune --name finetune_infonce_longer"
+  stage "fine-tuning from it" $finetune $longer
+  stage "Model M continued from InfoNCE" $pretrain m $again m_infonce --epochs $epochs_m_continued
   stage "its linear probe" $probe $out/m_infonce.pt
 fi
 if [ $profile = full ]; then  # costs as much again
@@ -215,8 +214,8 @@ if [ -n "$questions" ]; then
   # what does each half of Model M's task bring, and does its border betray a turned patch?
   variants=()
   for task in masking_0 rotation_0 rotation_1 both_1 image-rotation_0 image-rotation_1; do
-    stage "Model M, task: ${task%_*}, a gap of ${task#*_}" \
-      $pretrain m --pretext ${task%_*} --gap ${task#*_} --epochs $epochs_m --name m_$task
+    pretext="--pretext ${task%_*} --gap ${task#*_}"
+    stage "Model M, its task changed: $task" $pretrain m $pretext --epochs $epochs_m --name m_$task
     variants+=($out/m_$task.pt)
   done
   stage "their linear probes" $probe "${variants[@]}"
@@ -234,8 +233,7 @@ if [ -n "$questions" ]; then
 fi
 
 # ---------------------------------------------------------------- what was learned
-stage "where CLS looks, and what attention changes" \
-  python analysis.py maps cka --before $out/m_joint.pt --after $out/finetune.pt
-stage "pictures, a moving picture, the table" \
-  python analysis.py figures movie report ${from_nothing:+--seconds $SECONDS}
+maps="python analysis.py maps cka --before $out/m_joint.pt --after $out/finetune.pt"
+stage "where CLS looks, and what attention changes" $maps
+stage "pictures, a moving picture, the table" python analysis.py figures movie report ${timed:+--seconds $SECONDS}
 warn

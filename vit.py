@@ -326,27 +326,26 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
     Some chips compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 25 times
-    slower. So little work tells them apart: the best of a few products in each, in turns. On a CPU one
-    thread's own time counts, which stays the same however busy the machine is.
+    slower. So little work tells them apart: the best of three products in each. On a CPU one thread's own
+    time counts, which stays the same however busy the machine is.
     """
-    on_cpu, threads, end = device.type == "cpu", torch.get_num_threads(), time.perf_counter() + 0.1
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     clock, size = (time.thread_time, 384) if on_cpu else (time.perf_counter, 4096)
-    seconds = {"float32": [], "bfloat16": []}
+    seconds = {"float32": math.inf, "bfloat16": math.inf}
     torch.set_num_threads(1)
     try:
         matrix = torch.ones(size, size, device=device)  # not drawn: a seed's numbers are the experiment's
-        while len(seconds["bfloat16"]) < 2 or (time.perf_counter() < end and len(seconds["bfloat16"]) < 5):
-            for precision, taken in seconds.items():
-                start = clock()
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    (matrix @ matrix)[0, 0].item()  # .item() waits for the device
-                taken.append(clock() - start)
+        for precision in ["float32", "bfloat16"] * 3:
+            start = clock()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                (matrix @ matrix)[0, 0].item()  # .item() waits for the device
+            seconds[precision] = min(seconds[precision], clock() - start)
     except Exception:  # MPS before macOS 14: TypeError, some old GPUs: RuntimeError
         return "float32", "bfloat16 does not work here"
     finally:
         torch.set_num_threads(threads)
-    faster, slower = sorted(seconds, key=lambda precision: min(seconds[precision]))
-    return faster, f"{min(seconds[slower]) / min(seconds[faster]):.1f} times as fast as {slower} here"
+    faster, slower = sorted(seconds, key=seconds.get)
+    return faster, f"{seconds[slower] / seconds[faster]:.1f} times as fast as {slower} here"
 
 
 def processor_name() -> str:
@@ -488,13 +487,12 @@ class Run:
         self.code = fingerprint(*loaded_files())
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
         # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
-        decayed, others = [], []
+        matrices = {"params": [], "weight_decay": args.weight_decay}
+        others = {"params": [], "weight_decay": 0.0}
         for key, p in model.named_parameters():
             is_matrix = p.ndim > 1 and not key.endswith(("cls", "positions"))
-            (decayed if is_matrix else others).append(p)
-        groups = [{"params": decayed, "weight_decay": args.weight_decay}]
-        groups += [{"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
+            (matrices if is_matrix else others)["params"].append(p)
+        self.optimizer = torch.optim.AdamW([matrices, others], lr=args.lr, betas=(0.9, 0.99), fused=True)
         self.history = {}  # metric -> its mean in each epoch
         self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
         self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
@@ -510,9 +508,9 @@ class Run:
     def resume(self) -> None:
         """Go on from the checkpoint of an earlier start of this run."""
         state = read_checkpoint(self.path)
-        before, now = state["settings"] | {"device": state["device"]}, dict(self.settings)
-        if state["optimizer"]:
-            now["device"] = self.machine.device.type  # in mid-run: a random generator can't go on elsewhere
+        before, now = dict(state["settings"]), dict(self.settings)
+        if state["optimizer"]:  # in mid-run: a random generator can't go on elsewhere
+            before["device"], now["device"] = state["device"], self.machine.device.type
         refuse_other_settings(self.path, before, now)
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
@@ -556,7 +554,7 @@ class Run:
         return means
 
     def show(self, metrics: dict[str, float], last: bool = False) -> None:
-        """The progress line, with so many metrics."""
+        """The progress line, with these metrics."""
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
         self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}", last)
 

@@ -90,17 +90,10 @@ def folders(tmp_path_factory):
         for split in ("train", "validation", "test")
         for i, c in enumerate(captions)
     ]
-    states = torch.randn(13, 24).half()
+    embedded = {c: (c, torch.randn(n, 24).half()) for c, n in zip(captions[:3], (4, 6, 3))}
     for folder in (one, two):
         (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        vit.write_arrays(
-            folder / "words.npz",
-            used="a test",
-            captions=captions[:3],
-            words=captions[:3],
-            length=[4, 6, 3],
-            states=states,
-        )
+        vit.write_tensors(folder / "words_clip.pt", {"clip": "a test", "embedded": embedded})
     start(1, one)
     return one, two, start(2, two)
 
