@@ -320,7 +320,7 @@ def round_ticks(low: float, high: float) -> np.ndarray:
 
 def chart(title: str, lines: dict[str, list], labels: list | None = None, until: int | None = None) -> Box:
     """Curves over epochs, or over places that have `labels`, with axes and a legend; an empty line is not
-    drawn, but keeps its colour from the others. until: draw only so many points of each."""
+    drawn, but has its colour all the same. until: draw only so many points of each."""
     values = [value for line in lines.values() for value in line]
     margin = max(0.05 * (max(values) - min(values)), 0.01)
     low, high, end = min(values) - margin, max(values) + margin, max(map(len, lines.values()))
