@@ -204,6 +204,7 @@ def cka(args: argparse.Namespace) -> None:
         arrays[f"{when}_biased"] = streaming.result()  # [L, L]
         arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [L, L]
     vit.write_arrays(stored, **arrays)
+    # of the places -3 is before the last block, -2 after its attention, -1 after its MLP
     for when in paths:
         plain, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
         row = {"value": plain[-3, -2].item(), "debiased": debiased[-3, -2].item()}

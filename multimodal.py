@@ -661,16 +661,17 @@ def fuse(args: argparse.Namespace) -> None:
 
     for control in args.control:
         name = args.name or (usual if control == "none" else f"{usual}_{control}")
-        # what also makes it another run: whose embeddings, and the start
-        also = {"clip": clip, "blocks": len(base.blocks), "checkpoint": vit.fingerprint(start)}
-        also["control"] = None if control == "none" else control
+        # what makes it another run, too: whose embeddings, the start, the one control
+        settings = {"clip": clip, "blocks": len(base.blocks), "checkpoint": start}
+        settings["control"] = None if control == "none" else control
+        options = argparse.Namespace(**vars(args) | settings)
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
         model.to(machine.device)
-        run = train_fusion(args, name, model, own["train"], own["validation"], also, machine)
+        run = train_fusion(options, name, model, own["train"], own["validation"], machine)
         if vit.measured(args, name, run.path):
             continue
         judged = own[args.split]
@@ -682,13 +683,13 @@ def fuse(args: argparse.Namespace) -> None:
         vit.record(args, name, machine, about, value=vit.accuracy(logits, judged.labels), **row)
 
 
-def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, also, machine):
-    """Train one row of `fuse` -> its vit.Run. `also`: settings that are no options."""
+def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, machine):
+    """Train one row of `fuse` -> its vit.Run."""
     # without the image nothing could tell what CutMix has mixed in
     cutmix = args.cutmix if model.cls is None else 0.0
     parallel = vit.data_parallel(model, some_idle=True)
 
-    run = vit.Run(args, name, model, machine, None, len(train.images) // args.batch, also)
+    run = vit.Run(args, name, model, machine, None, len(train.images) // args.batch)
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(train.images), args.batch, run.generator):

@@ -476,14 +476,13 @@ class Run:
     resumed run draws the same numbers as an uninterrupted one; on a CPU its weights are the same bit by bit.
     """
 
-    def __init__(self, args, name: str, model: nn.Module, machine: Machine, encoder, steps: int, also=None):
-        """`encoder`: the ViT that --dim, --patch and --stem describe, or None; `steps` of an epoch; `also`:
-        a dict of settings that are no options."""
+    def __init__(self, args, name: str, model: nn.Module, machine: Machine, encoder, steps: int):
+        """`encoder`: the ViT that --dim, --patch and --stem describe, or None; `steps`: of an epoch."""
         if steps < 1:
             sys.exit(f"{name}: the images are fewer than one step's {args.batch}; choose a smaller batch")
         self.args, self.name, self.model, self.machine, self.steps = args, name, model, machine, steps
         self.path = pathlib.Path(args.out) / f"{name}.pt"
-        self.settings = what_matters(args, encoder) | (also or {})
+        self.settings = what_matters(args, encoder)
         self.code = fingerprint(*loaded_files())
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
         # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
