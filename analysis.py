@@ -323,7 +323,7 @@ def chart(title: str, lines: dict[str, list], labels: list | None = None, until:
     """Curves over epochs, or over places that have `labels`, with axes and a legend; an empty line is not
     drawn, but has its colour all the same. until: draw only so many points of each."""
     values = [value for line in lines.values() for value in line]
-    margin = max(0.05 * (max(values) - min(values)), 0.01)
+    margin = max(0.05 * (max(values) - min(values)), 0.01 * max(values), 0.001)
     low, high, end = min(values) - margin, max(values) + margin, max(map(len, lines.values()))
     width, height, left, font = 300, 180, 40, ImageFont.load_default(12)
     box = Image.new("RGB", (left + width + 20, height + 30), PAPER)
