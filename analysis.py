@@ -76,8 +76,8 @@ def tokens_of(encoder: vit.ViT, images: Tensor, machine: vit.Machine) -> Tensor:
 
 def two_encoders(args: argparse.Namespace) -> dict[str, str]:
     """The checkpoints to compare: of an encoder before fine-tuning and of the same after it."""
-    usual = {"before": f"{args.out}/m_joint.pt", "after": f"{args.out}/finetune.pt"}
-    return {when: getattr(args, when) or usual[when] for when in usual}
+    before = args.before or f"{args.out}/m_joint.pt"
+    return {"before": before, "after": args.after or f"{args.out}/finetune.pt"}
 
 
 def first_of_each_class(labels: Tensor) -> Tensor:
@@ -131,6 +131,8 @@ class StreamingCKA:
         z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
         if self.n == 0:
             self.widths = [r.shape[1] for r in representations]
+            ends = itertools.accumulate(self.widths)
+            self.parts = [slice(end - width, end) for end, width in zip(ends, self.widths)]  # of z
             self.origin = z.mean(dim=0)  # CKA ignores a common shift; sums of small numbers lose fewer digits
             self.largest = torch.zeros(len(representations), dtype=torch.float64)
             self.sums = [0.0] * 4
@@ -148,33 +150,25 @@ class StreamingCKA:
         is not defined."""
         if self.n < 4:
             raise ValueError(f"CKA needs at least 4 images, not {self.n}")
-        n, L = self.n, len(self.widths)
-        s, zz, az, aa = self.sums  # [D], [D, D], [L, D], [L, L]
-        if not debiased:
-            zz = zz - torch.outer(s, s) / n  # the centred X^T Y of all pairs
-        zz = [row.split(self.widths, dim=1) for row in zz.split(self.widths)]  # L x L blocks, [D_i, D_j] each
-        hsic = _pairs(L, lambda i, j: zz[i][j].square().sum())  # [L, L]
-        if debiased:
-            s, az = s.split(self.widths), [row.split(self.widths) for row in az]
-            # with K~ = the Gram matrix of representation i without its diagonal, and L~ that of j
-            total = torch.stack([s[i] @ s[i] - zz[i][i].trace() for i in range(L)])  # [L], 1^T K~ 1
-
-            def row_sums(i: int, j: int) -> Tensor:
-                """1^T K~ L~ 1, []."""
-                return s[i] @ zz[i][j] @ s[j] - az[j][i] @ s[i] - az[i][j] @ s[j] + aa[i, j]
-
-            # hsic - aa: tr(K~ L~)
-            hsic = hsic - aa + torch.outer(total, total) / ((n - 1) * (n - 2))
-            hsic = hsic - 2 / (n - 2) * _pairs(L, row_sums)
+        L = len(self.widths)
+        hsic = torch.stack([self.hsic(i, j, debiased) for i in range(L) for j in range(L)]).view(L, L)
         scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
-        varies = scale > 1e-20 * n * self.largest.square()  # each against its own size: CKA ignores scale
+        varies = scale > 1e-20 * self.n * self.largest.square()  # against its own size: CKA ignores scale
         scale = torch.where(varies, scale, torch.nan)
         return hsic / torch.outer(scale, scale)
 
-
-def _pairs(number: int, entry) -> Tensor:
-    """The matrix [number, number] of entry(i, j)."""
-    return torch.stack([torch.stack([entry(i, j) for j in range(number)]) for i in range(number)])
+    def hsic(self, i: int, j: int, debiased: bool) -> Tensor:
+        """HSIC of representations i and j, [], but for a factor that CKA does not see."""
+        n, x, y = self.n, self.parts[i], self.parts[j]
+        s, zz, az, aa = self.sums  # [D], [D, D], [L, D], [L, L]
+        if not debiased:
+            return (zz[x, y] - torch.outer(s[x], s[y]) / n).square().sum()  # zz centred: X^T Y
+        # K~: the Gram matrix of i without its diagonal, L~: that of j
+        trace = zz[x, y].square().sum() - aa[i, j]  # tr(K~ L~)
+        rows = s[x] @ zz[x, y] @ s[y] - az[j, x] @ s[x] - az[i, y] @ s[y] + aa[i, j]  # 1^T K~ L~ 1
+        total_i = s[x] @ s[x] - zz[x, x].trace()  # 1^T K~ 1
+        total_j = s[y] @ s[y] - zz[y, y].trace()  # 1^T L~ 1
+        return trace + total_i * total_j / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
 
 
 def cka(args: argparse.Namespace) -> None:
@@ -719,10 +713,9 @@ def scenes_of(out: pathlib.Path) -> dict[str, pathlib.Path]:
     """What the film shows: titles and checkpoints, of each training eight kept epochs at most."""
     scenes = {}
     for name, what in FILM.items():
-        kept = {int(path.stem.split("epoch")[1]): path for path in out.glob(f"{name}-epoch*.pt")}
-        epochs = sorted(kept)
-        for i in np.linspace(0, len(kept) - 1, min(8, len(kept))).astype(int):
-            scenes[f"{what}, epoch {epochs[i]} of {epochs[-1]}"] = kept[epochs[i]]
+        epochs = sorted(int(path.stem.split("epoch")[1]) for path in out.glob(f"{name}-epoch*.pt"))
+        for i in np.linspace(0, len(epochs) - 1, min(8, len(epochs))).astype(int):
+            scenes[f"{what}, epoch {epochs[i]} of {epochs[-1]}"] = out / f"{name}-epoch{epochs[i]}.pt"
     return scenes
 
 

@@ -214,8 +214,9 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
         sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
     try:
         header, *captions = [json.loads(line) for line in lines if line.strip()]
-        captions = {(line["split"], line["index"]): line["caption"] for line in captions}
-        return {key: header[key] for key in ("captioner", "model", "dataset")} | header, captions
+        if not {"captioner", "model", "dataset"} <= set(header):
+            raise ValueError("no header")
+        return header, {(line["split"], line["index"]): line["caption"] for line in captions}
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
@@ -369,11 +370,10 @@ def embed(args: argparse.Namespace) -> None:
     header, captions = read_captions(args.captions)
     usual = f"local-dir:{args.out}/tiny_clip" if header["captioner"] == "tiny" else "ViT-B-32"
     name = args.clip or usual
-    folder = pathlib.Path(name.removeprefix("local-dir:"))
-    if folder.is_dir():
+    clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
+    if name.startswith("local-dir:"):
+        folder = pathlib.Path(name.removeprefix("local-dir:"))
         clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
-    else:
-        clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
     path = embeddings_path(args.out, args.captions)
     used, embedded = read_embeddings(path)
     embedded = embedded if used == clip else {}

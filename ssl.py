@@ -303,12 +303,11 @@ def probe(args: argparse.Namespace) -> None:
     for path in left:
         start = time.perf_counter()
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        encoder, training = None, {"epoch": 0, "seconds": 0.0, "history": {}}
-        if path == "untrained":
-            encoder = vit.make_encoder(None, args.patch, args.dim, args.stem).to(machine.device)
-        elif path != "pixels":
-            training = vit.read_checkpoint(path)
-            encoder = vit.make_encoder(path, args.patch, args.dim, args.stem).to(machine.device)
+        file = None if path in ("untrained", "pixels") else path
+        training = vit.read_checkpoint(file) if file else {"epoch": 0, "seconds": 0.0, "history": {}}
+        encoder = None
+        if path != "pixels":
+            encoder = vit.make_encoder(file, args.patch, args.dim, args.stem).to(machine.device)
         read = {split: features(encoder, x, machine) for split, x in images.items()}
         row = best_probe(read, labels, args.split)
         row |= {"report": REPORTED.get(names[path]), "weights": vit.fingerprint(path)}

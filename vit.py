@@ -420,9 +420,8 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
     encoder = ViT(**state["config"])
-    weights = {name.removeprefix("video."): value for name, value in state["model"].items()}
-    own = [name for name in weights if name.startswith("encoder.")]
-    encoder.load_state_dict({name.removeprefix("encoder."): weights[name] for name in own})
+    own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
+    encoder.load_state_dict({name.split("encoder.", 1)[1]: state["model"][name] for name in own})
     return encoder
 
 
@@ -507,10 +506,9 @@ class Run:
     def resume(self) -> None:
         """Go on from the checkpoint of an earlier start of this run."""
         state = read_checkpoint(self.path)
-        before, now = dict(state["settings"]), dict(self.settings)
+        refuse_other_settings(self.path, state["settings"], self.settings)
         if state["optimizer"]:  # in mid-run: a random generator can't go on elsewhere
-            before["device"], now["device"] = state["device"], self.machine.device.type
-        refuse_other_settings(self.path, before, now)
+            refuse_other_settings(self.path, state, {"device": self.machine.device.type})
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         if not state["optimizer"]:  # not kept once a run is finished

@@ -262,7 +262,7 @@ FIRST_STEPS = {
     "ssl.py finetune --epochs 1": "finetune_scratch 1/1",
     "video.py --checkpoint OUT/m.pt --frames 6 --clips 20 --blocks 2 --epochs 1": "video_encoder_2 1/1",
     "multimodal.py tiny --checkpoint OUT/m.pt --epochs 1": "tiny_blip_0 1/1",
-    "multimodal.py caption --captioner tiny": "256 of 256 train captions",
+    "multimodal.py caption --captioner tiny": "256 of 256",
     "multimodal.py embed --captions OUT/captions_tiny.jsonl": "wrote",
     "multimodal.py fuse --captions OUT/captions_tiny.jsonl --epochs 1": "fusion_tiny 1/1",
 }
