@@ -88,7 +88,7 @@ def first_of_each_class(labels: Tensor) -> Tensor:
 def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity in two encoders, --before and --after; keep some maps for the figure."""
     name, paths = args.name or "maps", two_encoders(args)
-    stored, weights = vit.arrays_path(args, name), vit.fingerprint(*paths.values())
+    stored = vit.arrays_path(args, name)
     if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
         return
     machine = measuring_machine(args)
@@ -99,6 +99,7 @@ def maps(args: argparse.Namespace) -> None:
         similarity = token_similarity(tokens_of(vit.load_encoder(path), images, machine))  # [n, T, T]
         arrays[when], rows[when] = similarity[shown], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
+    weights = vit.fingerprint(*paths.values())
     for when, row in rows.items():
         row["value"] = row.pop("entropy")
         vit.record(args, f"{name}_{when}", machine, data.source(args.data), weights=weights, **row)
@@ -179,7 +180,7 @@ def cka(args: argparse.Namespace) -> None:
     across the attention's residual sum (the row's value), or across the block with its MLP ("whole_block").
     """
     name, paths = args.name or "cka", two_encoders(args)
-    stored, weights = vit.arrays_path(args, name), vit.fingerprint(*paths.values())
+    stored = vit.arrays_path(args, name)
     if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
         return
     machine = measuring_machine(args)
@@ -198,6 +199,7 @@ def cka(args: argparse.Namespace) -> None:
         arrays[f"{when}_biased"] = streaming.result()  # [L, L]
         arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [L, L]
     vit.write_arrays(stored, **arrays)
+    weights = vit.fingerprint(*paths.values())
     # of the places -3 is before the last block, -2 after its attention, -1 after its MLP
     for when in paths:
         plain, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
@@ -655,10 +657,10 @@ def draw_controls(args: argparse.Namespace):
     if not rows:
         raise FileNotFoundError("no row of multimodal.py")
     means = [mean for _, mean, _, _ in rows]
-    low = math.floor(20 * min(means) - 0.5) / 20  # a round number below all
+    low = max(0, math.floor(20 * min(means) - 0.5) / 20)  # a round number below all
     lines = []
     for what, mean, number, ink in rows:
-        bar = Image.new("RGB", (round(380 * (mean - low) / (max(means) - low)), 24), ink)
+        bar = Image.new("RGB", (max(1, round(380 * (mean - low) / (max(means) - low))), 24), ink)
         lines.append([text(what), grid([[bar, text(number)]])])
     caption = f"""Accuracy on static videos of the {args.split} split; the bars start at {100 * low:.0f} %.
     Blue: the image and its caption; grey: controls, trained in the same way (the first not at all). ±:
@@ -887,19 +889,24 @@ def report(args: argparse.Namespace) -> None:
 
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|---|---:|---:|---|---:|---:|---|---|")
-    about = f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
+    warning = ""
+    if results["dataset"] == "synthetic":
+        warning = "SYNTHETIC DATA: these are not CIFAR-10 numbers. "
     if args.limit:
-        about += f" ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
+        warning += f"ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
+    about = f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     machine = f"Machine: {results['device']}, {results['precision']}; {versions}."
-    parts = [f"# Results of {out.name}", about, machine, "\n".join(lines), NOTES]
+    parts = [f"# Results of {out.name}"]
+    parts += [f"**{warning.strip()}**"] if warning else []
+    parts += [about, machine, "\n".join(lines), NOTES]
     for name in FIGURES:
         if (out / "figures" / f"{name}.png").exists():
             parts.append(f"### {name}\n\n![{name}](figures/{name}.png)")
     vit.write_file(out / "report.md", ("\n\n".join(parts) + "\n").encode())
     for name, ours, theirs, control, *_ in table:
         print(f"{name:<24}{ours:>9}{theirs:>9}  {control}")
-    print(f"{about}\nThe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
+    print(f"{warning}\nthe table with its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
 
 
 def main() -> None:

@@ -457,7 +457,8 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # indices of each class
         smallest = min(len(members) for members in self.members)
         if smallest < batch:
-            raise ValueError(f"a class has only {smallest} images, fewer than one clip's {batch}")
+            fewer = f"fewer than one same-class batch of {batch}"
+            raise ValueError(f"a class has only {smallest} images, {fewer}")
         self.batch, self.batch_size, self.seed, self.epoch = batch, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

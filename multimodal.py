@@ -209,9 +209,11 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
     """A caption file's header, and its captions by (split, index). One JSON object a line: first what made
     them, then {"split", "index", "caption"}. SystemExit if it is no such file."""
     try:
-        lines = pathlib.Path(path).read_bytes().splitlines()
+        *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError:
         sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
+    if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
+        lines.append(last)
     try:
         header, *captions = [json.loads(line) for line in lines if line.strip()]
         if not {"captioner", "model", "dataset"} <= set(header):

@@ -341,7 +341,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--limit", 100], "fewer than one clip"),
+        (["--limit", 100], "fewer than one same-class batch of 16"),
         (["--dim", 64], "has --dim 32, not 64"),
         (["--patch", 4], "has --patch 8, not 4"),
         (["--blocks", 7], "has only 6 blocks"),
