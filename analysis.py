@@ -12,7 +12,7 @@ Depends on vit.py and data.py: copy this file with those two. For CKA alone, Str
     python analysis.py figures --out runs/mine
 
 Papers: Kornblith et al. 2019 (linear CKA), Song et al. 2012 (unbiased HSIC), Nguyen et al. 2021 (debiased CKA
-of layers). Shape letters as in vit.py; also n images, L representations.
+of layers). Shape letters as in vit.py; also n images, R representations.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def focus(cosines: Tensor) -> dict[str, float]:
 
 def measuring_machine(args: argparse.Namespace) -> vit.Machine:
     """The machine, in float32 unless another precision is asked for: here it is not speed that counts."""
-    return vit.Machine(args.device, "float32" if args.precision == "auto" else args.precision, args.seed)
+    return vit.set_up(args.device, "float32" if args.precision == "auto" else args.precision, args.seed)
 
 
 def tokens_of(encoder: vit.ViT, images: Tensor, machine: vit.Machine) -> Tensor:
@@ -87,89 +87,104 @@ def first_of_each_class(labels: Tensor) -> Tensor:
 
 def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity in two encoders, --before and --after; keep some maps for the figure."""
-    name, paths = args.name or "maps", two_encoders(args)
+    name, paths, source = args.name or "maps", two_encoders(args), data.source(args.data)
+    images, labels = data.load(args.data, args.split, limit=args.limit)
+    about = made_of(paths, images, labels)
     stored = vit.arrays_path(args, name)
-    if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
+    if stored.exists() and vit.measured(args, f"{name}_after", about):
         return
     machine = measuring_machine(args)
-    images, labels = data.load(args.data, args.split, limit=args.limit)
     shown = first_of_each_class(labels)
     arrays, rows = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in paths.items():
         similarity = token_similarity(tokens_of(vit.load_encoder(path), images, machine))  # [n, T, T]
         arrays[when], rows[when] = similarity[shown], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
-    weights = vit.fingerprint(*paths.values())
     for when, row in rows.items():
         row["value"] = row.pop("entropy")
-        vit.record(args, f"{name}_{when}", machine, data.source(args.data), weights=weights, **row)
+        vit.record(args, f"{name}_{when}", machine, source, **row, **about)
+
+
+def made_of(paths: dict[str, str], images: Tensor, labels: Tensor) -> dict[str, str]:
+    """What a measurement depends on: hashes of the checkpoints' weights and of the images."""
+    weights = " ".join(vit.weights_of(path) for path in paths.values())
+    return {"weights": weights, "images": data.fingerprint(images, labels)}
 
 
 # ---------------------------------------------------------------- CKA
 
 
 class StreamingCKA:
-    """Linear CKA between all pairs of L representations of the same images, adding a batch at a time.
+    """Linear CKA between all pairs of R representations of the same images, adding a batch at a time.
 
-    Linear CKA compares two representations X [n, D1] and Y [n, D2] by their similarity structure over images:
-    it is the cosine of the two (centred) Gram matrices X X^T and Y Y^T. In feature space no n x n matrix is
-    needed:
+    Do two layers (or two networks) see the same images as alike? Their features can't be compared one by
+    one: a network may turn or scale them at will and undo it in the next layer. But the Gram matrix X X^T
+    [n, n] of a representation X [n, D], the similarity of each image with each, is blind to turns. Linear
+    CKA is the cosine of two Gram matrices. Before, X is centred: what all images have in common says nothing
+    about them, but would make all Gram matrices alike. In feature space no n x n matrix is needed:
 
         CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
 
-    (Kornblith et al. 2019, equations 3-5). That estimate is biased upwards when n is not much larger than D:
-    even independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by Nguyen et
-    al. 2021) remove the bias by leaving each image's similarity with itself out of the Gram matrices. Their
-    formula, too, is made of sums over images, so both come from the same few D x D accumulators whatever n
-    is.
+    (Kornblith et al. 2019, equations 1, 3 and 4). That estimate is biased upwards when n is not much larger
+    than D: even independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by
+    Nguyen et al. 2021) remove the bias by leaving each image's similarity with itself out of the Gram
+    matrices. Their formula, too, is made of sums over images, so both come from the same few D x D sums
+    whatever n is.
     """
 
     def __init__(self):
         self.n = 0
 
     def add(self, *representations: Tensor) -> None:
-        """One batch: L tensors [b, D_l], rows belonging to the same images. float64 inside, on the CPU."""
-        z = torch.cat([r.detach().cpu().double() for r in representations], dim=1)  # [b, sum of D]
+        """One batch: R tensors [b, D_r], rows belonging to the same images. float64 inside, on the CPU."""
+        z = torch.cat(
+            [r.detach().cpu().double() for r in representations], dim=1
+        )  # [b, D], D: sum of the D_r
         if self.n == 0:
+            R, D = len(representations), z.shape[1]
             self.widths = [r.shape[1] for r in representations]
-            ends = itertools.accumulate(self.widths)
-            self.parts = [slice(end - width, end) for end, width in zip(ends, self.widths)]  # of z
-            self.origin = z.mean(dim=0)  # CKA ignores a common shift; sums of small numbers lose fewer digits
-            self.largest = torch.zeros(len(representations), dtype=torch.float64)
-            self.sums = [0.0] * 4
-        largest = torch.stack([part.abs().max() for part in z.split(self.widths, dim=1)])  # [L]
-        self.largest = torch.maximum(self.largest, largest)
+            # CKA ignores a common shift. Seen from the first image, sums are of small numbers, which lose
+            # fewer digits, and features that are the same for all images are exactly zero
+            self.origin = z[0]
+            self.sum = torch.zeros(D, dtype=z.dtype)  # of z
+            self.products = torch.zeros(D, D, dtype=z.dtype)  # z^T z
+            self.own_z = torch.zeros(R, D, dtype=z.dtype)  # own^T z
+            self.own_own = torch.zeros(R, R, dtype=z.dtype)  # own^T own
         z = z - self.origin
         own = [part.square().sum(dim=1) for part in z.split(self.widths, dim=1)]
-        a = torch.stack(own, dim=1)  # [b, L], each image's similarity with itself
+        own = torch.stack(own, dim=1)  # [b, R], each image's similarity with itself
         self.n += len(z)
-        self.sums = [old + new for old, new in zip(self.sums, (z.sum(dim=0), z.T @ z, a.T @ z, a.T @ a))]
+        self.sum += z.sum(dim=0)
+        self.products += z.T @ z
+        self.own_z += own.T @ z
+        self.own_own += own.T @ own
 
     def result(self, debiased: bool = False) -> Tensor:
-        """CKA of every pair: [L, L]; nan in the row and column of a representation that is the same for all
-        images, or holds a nan. Raises ValueError with fewer than four images, for which the debiased estimate
-        is not defined."""
+        """CKA of every pair: [R, R]; nan in the row and column of a representation that is the same for all
+        images (0 / 0), or holds a nan. Raises ValueError with fewer than four images, for which the debiased
+        estimate is not defined."""
         if self.n < 4:
             raise ValueError(f"CKA needs at least 4 images, not {self.n}")
-        L = len(self.widths)
-        hsic = torch.stack([self.hsic(i, j, debiased) for i in range(L) for j in range(L)]).view(L, L)
-        scale = hsic.diagonal().clamp_min(0).sqrt()  # [L]
-        varies = scale > 1e-20 * self.n * self.largest.square()  # against its own size: CKA ignores scale
-        scale = torch.where(varies, scale, torch.nan)
+        R = len(self.widths)
+        hsic = torch.stack([self.hsic(i, j, debiased) for i in range(R) for j in range(R)]).view(R, R)
+        scale = hsic.diagonal().sqrt()  # [R]
         return hsic / torch.outer(scale, scale)
 
     def hsic(self, i: int, j: int, debiased: bool) -> Tensor:
         """HSIC of representations i and j, [], but for a factor that CKA does not see."""
-        n, x, y = self.n, self.parts[i], self.parts[j]
-        s, zz, az, aa = self.sums  # [D], [D, D], [L, D], [L, L]
+        n, rows = self.n, self.products.split(self.widths)  # [D_r, D] each
+        xx, xy, yy = (rows[a].split(self.widths, dim=1)[b] for a, b in ((i, i), (i, j), (j, j)))
+        x, y = self.sum.split(self.widths)[i], self.sum.split(self.widths)[j]  # [D_i], [D_j]
         if not debiased:
-            return (zz[x, y] - torch.outer(s[x], s[y]) / n).square().sum()  # zz centred: X^T Y
-        # K~: the Gram matrix of i without its diagonal, L~: that of j
-        trace = zz[x, y].square().sum() - aa[i, j]  # tr(K~ L~)
-        rows = s[x] @ zz[x, y] @ s[y] - az[j, x] @ s[x] - az[i, y] @ s[y] + aa[i, j]  # 1^T K~ L~ 1
-        total_i = s[x] @ s[x] - zz[x, x].trace()  # 1^T K~ 1
-        total_j = s[y] @ s[y] - zz[y, y].trace()  # 1^T L~ 1
-        return trace + total_i * total_j / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
+            return (xy - torch.outer(x, y) / n).square().sum()  # xy centred: X^T Y
+        own_x, own_y = self.own_z[j].split(self.widths)[i], self.own_z[i].split(self.widths)[j]
+        own_own = self.own_own[i, j]
+        # K and L: the Gram matrices of i and j, without their diagonals; 1: a vector of ones
+        trace = xy.square().sum() - own_own  # tr(K L)
+        middle = x @ xy @ y - own_x @ x - own_y @ y + own_own  # 1^T K L 1
+        total_k = x @ x - xx.trace()  # 1^T K 1
+        total_l = y @ y - yy.trace()  # 1^T L 1
+        return trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * middle
 
 
 def cka(args: argparse.Namespace) -> None:
@@ -179,27 +194,27 @@ def cka(args: argparse.Namespace) -> None:
     The report compares CLS before and after the last self-attention block, which can be read in two ways:
     across the attention's residual sum (the row's value), or across the block with its MLP ("whole_block").
     """
-    name, paths = args.name or "cka", two_encoders(args)
+    name, paths, source = args.name or "cka", two_encoders(args), data.source(args.data)
+    images, labels = data.load(args.data, args.split, limit=args.limit)
+    about = made_of(paths, images, labels)
     stored = vit.arrays_path(args, name)
-    if stored.exists() and vit.measured(args, f"{name}_after", *paths.values()):
+    if stored.exists() and vit.measured(args, f"{name}_after", about):
         return
     machine = measuring_machine(args)
-    images, _ = data.load(args.data, args.split, machine.device, args.limit)
     if len(images) < 4:
         sys.exit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
-    arrays = {"images": len(images)}
+    arrays = {"number": len(images)}
     for when, path in paths.items():
         encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
         for x in images.split(machine.eval_batch):
             trace = []
             with torch.no_grad(), machine.autocast():
-                encoder(x.float() / 255, trace)
+                encoder(x.to(machine.device).float() / 255, trace)
             stream = [trace[0]["before"]] + [block[k] for block in trace for k in ("attended", "after")]
             streaming.add(*(t[:, 0] for t in stream))  # CLS: [b, D] at 1 + 2 * depth places
-        arrays[f"{when}_biased"] = streaming.result()  # [L, L]
-        arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [L, L]
+        arrays[f"{when}_biased"] = streaming.result()  # [R, R]
+        arrays[f"{when}_debiased"] = streaming.result(debiased=True)  # [R, R]
     vit.write_arrays(stored, **arrays)
-    weights = vit.fingerprint(*paths.values())
     # of the places -3 is before the last block, -2 after its attention, -1 after its MLP
     for when in paths:
         plain, debiased = arrays[f"{when}_biased"], arrays[f"{when}_debiased"]
@@ -208,8 +223,7 @@ def cka(args: argparse.Namespace) -> None:
         for steps, distance in (("attentions", 1), ("blocks", 2)):  # of every block
             values = debiased.diagonal(distance)[::2].tolist()
             row[steps] = [None if math.isnan(v) else v for v in values]  # JSON has no nan
-        row |= {"images": len(images), "weights": weights}
-        vit.record(args, f"{name}_{when}", machine, data.source(args.data), **row)
+        vit.record(args, f"{name}_{when}", machine, source, **row, **about, number=len(images))
 
 
 # ---------------------------------------------------------------- drawing
@@ -373,7 +387,9 @@ def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
     """Two images for each of the four angles, 0 to 270 degrees twice over, augmented as Model M sees them:
     images, augmented images [8, 3, S, S] each, masked, turned patches [8, M] each, angles [8]."""
     images, _ = data.load(args.data, "validation", limit=200)
-    images = images.float() / 255
+    images = (
+        images.repeat(math.ceil(200 / len(images)), 1, 1, 1).float() / 255
+    )  # so many that no angle is missing
     quarter = (images.shape[-1] // patch) ** 2 // 4
     drawn = data.patch_augment(images, torch.Generator().manual_seed(args.seed), patch, quarter, quarter)
     angle = drawn[-1]
@@ -405,11 +421,11 @@ def draw_patches(args: argparse.Namespace):
 def draw_reconstruction(args: argparse.Namespace):
     """What Model M answers: the black patches repainted, and the angle."""
     state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
-    model = vit.ModelM(vit.ViT(**state["config"]), projector="projector.0.weight" in state["model"]).eval()
+    model = vit.ModelM(vit.ViT(**state["config"])).eval()
     model.load_state_dict(state["model"])
     images, augmented, masked, _, angle = task_examples(args, state["config"]["patch_size"])
     with torch.no_grad():
-        logits, painted, _ = model(augmented, masked)
+        logits, painted = model(augmented, masked)
     patches = data.patchify(augmented, state["config"]["patch_size"])  # [8, N, 3, P, P]
     painted = painted.view(*masked.shape, *patches.shape[2:])  # [8, M, 3, P, P]
     patches[torch.arange(len(images))[:, None], masked] = painted * 0.25 + 0.5  # vit.standardise undone
@@ -486,7 +502,7 @@ def draw_cka(args: argparse.Namespace):
         head += f"last block {row['whole_block']:.4f} (debiased {row['whole_block_debiased']:.4f})"
         table = matrix(stored[f"{when}_biased"], labels, 480 // places, framed)
         boxes.append(grid([[text(head, width=table.width)], [table]]))
-    caption = f"""Plain (not debiased) linear CKA, {stored["images"]:,} images of the {args.split} split, of
+    caption = f"""Plain (not debiased) linear CKA, {stored["number"]:,} images of the {args.split} split, of
     the residual stream after each attention (a1, a2, ...) and each MLP (m1, m2, ...). 1: the same similarity
     structure over images, 0: none in common. Framed: the two ways to read the report's "before and after the
     last attention block". Grey: CLS enters the first block the same for every image: nothing to compare."""
@@ -520,8 +536,6 @@ def draw_curves(args: argparse.Namespace):
             title = f"loss: {loss}" if metric == "loss" else METRICS[metric]
             lines = panels.setdefault(title, {run: [] for run in LOSSES})
             lines[name] = line
-    if not panels:
-        raise FileNotFoundError("no checkpoint")
     boxes = [chart(title, lines) for title, lines in panels.items()]
     caption = """Mean of each epoch, on augmented training images (validation: held-out images as they
     are). Partner found: views whose nearest neighbour in the batch is the other view of their image.
@@ -581,8 +595,6 @@ def draw_video(args: argparse.Namespace):
         different = rows.get(f"video_{name}", {}).get("different", {})  # number of images -> accuracy
         lines[name] = [100 * value for value in different.values()]
         labels = max(labels, list(different), key=len)
-    if not labels:
-        raise FileNotFoundError("no row of video.py")
     boxes = [chart("accuracy (%) by different images in the clip", lines, labels)]
     lines = {}
     for name in ("encoder_1", "encoder_2"):
@@ -654,8 +666,6 @@ def draw_controls(args: argparse.Namespace):
         if values:
             fusion = row in (f"fusion_{who}", f"fusion_{who}_1", f"fusion_{who}_tokens")
             rows.append((what, statistics.mean(values), in_words(row, *values), BLUE if fusion else GREY))
-    if not rows:
-        raise FileNotFoundError("no row of multimodal.py")
     means = [mean for _, mean, _, _ in rows]
     low = max(0, math.floor(20 * min(means) - 0.5) / 20)  # a round number below all
     lines = []
@@ -669,24 +679,46 @@ def draw_controls(args: argparse.Namespace):
     return f"Does the caption help, or merely answer? Captions by {name}", caption, grid(lines, 10, x=0)
 
 
-FIGURES = [draw_patches, draw_reconstruction, draw_maps, draw_tokens, draw_cka, draw_curves, draw_classes]
-FIGURES += [draw_clips, draw_video, draw_captions, draw_words, draw_controls]
-FIGURES = {draw.__name__.removeprefix("draw_"): draw for draw in FIGURES}
+# what is drawn, and from what: checkpoints (.pt), arrays (.npz) and rows; {who}: whose captions
+FIGURES = {
+    "patches": (draw_patches, []),
+    "reconstruction": (draw_reconstruction, ["m.pt"]),
+    "maps": (draw_maps, ["maps.npz", "maps_before", "maps_after"]),
+    "tokens": (draw_tokens, ["maps.npz"]),
+    "cka": (draw_cka, ["cka.npz", "cka_before", "cka_after"]),
+    "curves": (draw_curves, ["m.pt"]),
+    "classes": (draw_classes, ["finetune.npz"]),
+    "clips": (draw_clips, ["video_encoder_1.npz"]),
+    "video": (draw_video, ["video_encoder_1"]),
+    "captions": (draw_captions, ["fusion_{who}.npz", "fusion_{who}_image_only.npz"]),
+    "words": (draw_words, ["fusion_{who}_tokens.npz"]),
+    "controls": (draw_controls, ["fusion_{who}", "fusion_{who}_image_only"]),
+}
+
+
+def missing(args: argparse.Namespace, needed: list[str]) -> list[str]:
+    """What is not there of what a figure needs."""
+    out, rows, (who, _) = pathlib.Path(args.out), rows_of(args), captioner_of(args)
+    found = []
+    for what in [what.format(who=who) for what in needed]:
+        name, _, kind = what.partition(".")
+        there = {"": name in rows, "pt": (out / what).exists(), "npz": vit.arrays_path(args, name).exists()}
+        if not there[kind]:
+            found.append(what)
+    return found
 
 
 def figures(args: argparse.Namespace) -> None:
     """Draw every figure whose inputs are there into out/figures."""
     out = pathlib.Path(args.out)
-    seed = vit.read_results(out).get("seed", args.seed)
-    footer = f"{data.source(args.data).provenance}; run {out.name}, seed {seed}"
-    for name, draw in FIGURES.items():
-        try:
-            drawn = page(*draw(args), footer)
-        except (FileNotFoundError, KeyError, SystemExit) as missing:
-            print(f"{name}: not drawn, what it needs is not there: {missing}")
+    footer = f"{data.source(args.data).provenance}; run {out.name}"
+    for name, (draw, needed) in FIGURES.items():
+        lacking = missing(args, needed)
+        if lacking:
+            print(f"{name}: not drawn, as it needs {', '.join(lacking)}")
             continue
         buffer = io.BytesIO()
-        drawn.save(buffer, "PNG", optimize=True)
+        page(*draw(args), footer).save(buffer, "PNG", optimize=True)
         vit.write_file(out / "figures" / f"{name}.png", buffer.getvalue())
         print(f"drew {out / 'figures' / name}.png", flush=True)
 
@@ -727,18 +759,19 @@ def movie(args: argparse.Namespace) -> None:
     target, kept = out / "figures" / "learning.gif", scenes_of(out)
     if not kept:
         return print(f"{target}: not drawn; `python ssl.py pretrain ... --keep-epochs` keeps what it shows")
-    made_from = vit.fingerprint(__file__, *kept.values()).encode()
+    made_from = vit.hash_of_files(__file__, *kept.values()).encode()
     if target.exists() and Image.open(target).info.get("comment") == made_from:
         return print(f"{target}: drawn before", flush=True)
 
-    machine, limit = vit.Machine(args.device, args.precision, args.seed), min(args.limit or 5_000, 5_000)
+    machine, limit = vit.set_up(args.device, args.precision, args.seed), min(args.limit or 5_000, 5_000)
+    config = vit.read_checkpoint(next(iter(kept.values())))["config"]
     train, train_labels = data.load(args.data, "train", limit=limit)
     images, truth = data.load(args.data, "validation", limit=limit)
     shown = first_of_each_class(truth)
     scenes = {"before any training": None} | kept
     cosines, guesses, right = [], [], []  # a scene each
     for title, path in scenes.items():
-        encoder = vit.load_encoder(path) if path else vit.make_encoder(None, args.patch, args.dim, args.stem)
+        encoder = vit.load_encoder(path) if path else vit.ViT(**config)
         tokens = tokens_of(encoder, images, machine)  # [n, T, D]
         guess = nearest_neighbours(tokens[:, 0], tokens_of(encoder, train, machine)[:, 0], train_labels)
         cosines.append(token_similarity(tokens[shown])[:, 0, 1:].numpy())  # [K, N]

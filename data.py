@@ -172,6 +172,18 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     return images[:limit].to(device), labels[:limit].to(device)
 
 
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """A short hash of images and labels, in their order: what was made of other images is told by it."""
+    pixels, classes = images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes()
+    return hashlib.sha256(pixels + classes).hexdigest()[:12]
+
+
+def image_keys(images: Tensor) -> list[str]:
+    """A short hash of each image's pixels, by which it is known again in any order: [n, 3, S, S] -> n
+    keys."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images.cpu().numpy()]
+
+
 def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """One split of the .bin files in `folder`, as `load`."""
     if split == "test":

@@ -41,12 +41,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import video
 import vit
 
 REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
+SPLITS = ("train", "validation", "test")
 
 # ---------------------------------------------------------------- Part 1: the network
 
@@ -130,10 +132,11 @@ class Fusion(nn.Module):
         super().__init__()
         dim = model.encoder.config["dim"]
         self.video = model
-        self.sees_text = text
+        self.sees_image, self.sees_text = image, text
         self.project = nn.Linear(text_dim, dim)
         self.block = CrossBlock(dim, model.encoder.config["heads"])
-        self.cls = None if image else nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        if not image:
+            self.cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     @property
     def encoder(self) -> vit.ViT:
@@ -142,7 +145,7 @@ class Fusion(nn.Module):
 
     def forward(self, images: Tensor, text: Tensor, is_word: Tensor | None = None, trace=None) -> Tensor:
         """Static videos of one image each, [B, 3, S, S]; text [B, L, E], is_word [B, L] -> logits [B, K]."""
-        if self.cls is None:
+        if self.sees_image:
             first = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)
             tokens, _ = self.video.tokens(images[:, None], first)  # [B, 1 + F, D]
             x = tokens[:, :1]  # CLS, [B, 1, D]
@@ -154,6 +157,9 @@ class Fusion(nn.Module):
 
 
 # ---------------------------------------------------------------- Part 2: captions
+
+
+NO_BLIP = 3  # exit code: run_all.sh then goes on with the small captioner, but after no other failure
 
 
 def load_blip(name: str, revision: str | None, device: torch.device):
@@ -168,7 +174,8 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         model, found = load(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
-        sys.exit(f"can't load the captioner {name} ({first_line(error)}); {advice}")
+        print(f"can't load the captioner {name} ({first_line(error)}); {advice}", file=sys.stderr)
+        sys.exit(NO_BLIP)
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
     return model.to(device).eval(), processor
@@ -185,8 +192,9 @@ def quiet() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its paragraphs of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What a library's error says first, without its paragraphs of advice (some begin with a bare colon)."""
+    lines = [line.strip(" :") for line in str(error).splitlines()]
+    return next((line for line in lines if re.search("[a-z]{3}", line)), type(error).__name__)
 
 
 def pixel_values(processor, images: Tensor) -> Tensor:
@@ -205,9 +213,13 @@ def describe(model, processor, images: Tensor, machine: vit.Machine) -> list[str
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
-    """A caption file's header, and its captions by (split, index). One JSON object a line: first what made
-    them, then {"split", "index", "caption"}. SystemExit if it is no such file."""
+def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
+    """A caption file's header, and its captions by image. One JSON object a line: first what made them, then
+    {"image", "split", "index", "caption"}. SystemExit if it is no such file.
+
+    An image is known by a hash of its pixels (data.image_keys), not by its number: the same data set may be
+    in another order on another machine, and then every caption would belong to another image.
+    """
     try:
         *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError:
@@ -216,17 +228,21 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict]:
         lines.append(last)
     try:
         header, *captions = [json.loads(line) for line in lines if line.strip()]
-        if not {"captioner", "model", "dataset"} <= set(header):
+        if not {"captioner", "model"} <= set(header):
             raise ValueError("no header")
-        return header, {(line["split"], line["index"]): line["caption"] for line in captions}
+        return header, {line["image"]: line["caption"] for line in captions}
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
 
-def write_captions(path: pathlib.Path, header: dict, captions: dict) -> None:
-    """The inverse of read_captions, all or nothing."""
-    lines = [header] + [{"split": split, "index": i, "caption": c} for (split, i), c in captions.items()]
-    vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+def captions_of(captions: dict[str, str], images: Tensor, split: str, path: str) -> list[str]:
+    """The caption of each of a split's images. SystemExit where an image has none."""
+    keys = data.image_keys(images)
+    missing = sum(key not in captions for key in keys)
+    if missing:
+        why = f"{path} has no caption for {missing:,} of {len(keys):,} {split} images"
+        sys.exit(f"{why}: it was made of other images, or `multimodal.py caption` has not finished it")
+    return [captions[key] for key in keys]
 
 
 SYNONYMS = {
@@ -252,40 +268,40 @@ def named_class(caption: str, classes: list[str]) -> int:
     return -1
 
 
-def small_blips(out: str) -> list[str]:
-    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run, and finished."""
+def small_blips(out: str, images: Tensor, labels: Tensor) -> list[str]:
+    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run, finished, and
+    trained on these training images (in another order an image's captioner might have seen it)."""
     first = pathlib.Path(out, "tiny_blip_0.pt")
     settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
     folders = [f"{out}/tiny_blip_{fold}" for fold in range(settings["folds"])]
     for folder in folders:
         written = pathlib.Path(folder, "model.safetensors").exists()
         state = vit.read_checkpoint(f"{folder}.pt") if written else None
-        if not written or state["optimizer"] or state["settings"] != settings:
+        if not written or not state["finished"] or state["settings"] != settings:
             sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` does it")
+    vit.refuse_other_settings(first, settings, {"images": data.fingerprint(images, labels)})
     return folders
 
 
 def caption(args: argparse.Namespace) -> None:
-    """Caption every image of the three splits; as a row, how often the caption names the right class.
-
-    Of several models, the small BLIPs, that of fold i % folds captions image i: it has not seen it in
-    training (see Part 4). With --seen the next one does, which has.
-    """
-    machine, about = vit.Machine(args.device, args.precision, args.seed), data.source(args.data)
+    """Caption every image of the three splits; as a row, how often the caption names the right class."""
+    machine, about = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
+    images, labels, keys = {}, {}, {}  # of each split
+    for split in SPLITS:
+        images[split], labels[split] = data.load(args.data, split, limit=args.limit)
+        keys[split] = data.image_keys(images[split])
     name = f"captions_{args.captioner}"
     header = {"captioner": args.captioner, "dataset": about.name}
     if args.captioner == "blip":
         if args.seen:
-            sys.exit("--seen is for the small captioner: BLIP has not seen the labels of any of these images")
+            sys.exit("--seen is for the small captioners: BLIP was not trained on the labels of these images")
         models = [args.blip]
         header |= {"model": args.blip, "revision": args.revision}
     else:
-        models = small_blips(args.out)
-        weights = vit.fingerprint(*[f"{folder}/model.safetensors" for folder in models])
+        models = small_blips(args.out, images["train"], labels["train"])
+        weights = vit.hash_of_files(*[f"{folder}/model.safetensors" for folder in models])
         header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
-        if args.seen:
-            name += "_seen"
-            models = models[1:] + models[:1]
+        name += "_seen" if args.seen else ""
     name = args.name or name
     path = pathlib.Path(args.out, f"{name}.jsonl")
     captions = {}
@@ -293,33 +309,49 @@ def caption(args: argparse.Namespace) -> None:
         before, captions = read_captions(path)
         vit.refuse_other_settings(path, before, header)
 
+    def write() -> None:
+        """Write what there is, all or nothing."""
+        lines = [header]
+        for split in SPLITS:
+            for index, key in enumerate(keys[split]):
+                if key in captions:
+                    lines.append({"image": key, "split": split, "index": index, "caption": captions[key]})
+        vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
     load = functools.cache(load_blip)  # once each, when it is needed
-    labels, saved = {}, time.perf_counter()
-    for split in ("train", "validation", "test"):
-        images, labels[split] = data.load(args.data, split, limit=args.limit)
-        left = [i for i in range(len(images)) if (split, i) not in captions]
+    saved = time.perf_counter()
+    for split in SPLITS:
+        left = [i for i, key in enumerate(keys[split]) if key not in captions]
         progress = vit.Progress(f"{split} captions", len(left))
         for fold, folder in enumerate(models):
-            own = [i for i in left if i % len(models) == fold]
+            own = [i for i in left if fold == captioner_of(i, len(models), args.seen)]
             for start in range(0, len(own), args.batch):
                 index = own[start : start + args.batch]
                 model, processor = load(folder, args.revision, machine.device)
-                found = describe(model, processor, images[index].to(machine.device), machine)
-                captions |= {(split, i): text for i, text in zip(index, found)}
+                found = describe(model, processor, images[split][index].to(machine.device), machine)
+                captions |= {keys[split][i]: text for i, text in zip(index, found)}
                 progress.advance(len(index))
                 if time.perf_counter() - saved > 10:  # seconds: no accident costs more
-                    write_captions(path, header, captions)
+                    write()
                     saved = time.perf_counter()
         if left:
-            write_captions(path, header, captions)
+            write()
 
-    row = {"captioner": args.captioner, "model": header["model"], "weights": vit.fingerprint(path)}
+    row = {"captioner": args.captioner, "model": header["model"], "weights": vit.hash_of_files(path)}
+    row["images"] = data.fingerprint(images[args.split], labels[args.split])
     for split in dict.fromkeys(("train", "validation", args.split)):  # test: only if asked
-        named = [named_class(captions[split, i], about.classes) for i in range(len(labels[split]))]
+        named = [named_class(captions[key], about.classes) for key in keys[split]]
         named = torch.tensor(named)  # [n]
         row[f"{split}_right"] = (named == labels[split]).float().mean().item()
         row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
     vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
+
+
+def captioner_of(index: int, folds: int, seen: bool) -> int:
+    """Which of the small BLIPs captions the image of this number: that of its own fold, which was trained on
+    all others and has not seen it (see Part 4), or, to see what that is good for, the next, which has."""
+    fold = index % folds
+    return (fold + 1) % folds if seen else fold
 
 
 # ---------------------------------------------------------------- Part 3: embeddings
@@ -368,14 +400,14 @@ def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, T
 
 
 def embed(args: argparse.Namespace) -> None:
-    """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE.npz."""
+    """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE_clip.pt."""
     header, captions = read_captions(args.captions)
     usual = f"local-dir:{args.out}/tiny_clip" if header["captioner"] == "tiny" else "ViT-B-32"
     name = args.clip or usual
-    clip = f"{name} {args.clip_weights} {vit.fingerprint(args.clip_weights)}"
+    clip = f"{name} {args.clip_weights} {vit.hash_of_files(args.clip_weights)}"
     if name.startswith("local-dir:"):
         folder = pathlib.Path(name.removeprefix("local-dir:"))
-        clip = f"{folder.name} {vit.fingerprint(*sorted(folder.glob('*')))}"
+        clip = f"{folder.name} {vit.hash_of_files(*sorted(folder.glob('*')))}"
     path = embeddings_path(args.out, args.captions)
     used, embedded = read_embeddings(path)
     embedded = embedded if used == clip else {}
@@ -383,7 +415,7 @@ def embed(args: argparse.Namespace) -> None:
     print(f"{len(captions):,} captions, {len(new):,} to embed with {name}, each once")
     if not new:
         return
-    machine = vit.Machine(args.device, "float32", args.seed)
+    machine = vit.set_up(args.device, "float32", args.seed)
     model, tokenizer = load_clip(name, args.clip_weights)
     model.visual = None  # only the text tower is used
     model.to(machine.device)
@@ -392,10 +424,15 @@ def embed(args: argparse.Namespace) -> None:
         some = new[start : start + 256]
         embedded |= embed_words(model, tokenizer, some)
         progress.advance(len(some))
-    words, states = zip(*embedded.values())
-    states = torch.cat(states).half().split([len(s) for s in states])  # one storage, so one piece of the file
-    vit.write_tensors(path, {"clip": clip, "embedded": dict(zip(embedded, zip(words, states)))})
+    vit.write_tensors(path, {"clip": clip, "embedded": halved(embedded)})
     print(f"wrote {path}")
+
+
+def halved(embedded: dict[str, tuple[str, Tensor]]) -> dict[str, tuple[str, Tensor]]:
+    """The same in float16, and as views of one tensor, which torch.save writes as one piece of the file."""
+    states = torch.cat([states for _, states in embedded.values()]).half()  # [all words, E]
+    pieces = states.split([len(states) for _, states in embedded.values()])
+    return {caption: (words, piece) for (caption, (words, _)), piece in zip(embedded.items(), pieces)}
 
 
 def embeddings_path(out: str, captions: str) -> pathlib.Path:
@@ -497,7 +534,7 @@ def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     ends.class_embedding.copy_(encoder.cls)
 
 
-def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: list[str], machine) -> None:
+def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor, truth: list[str], machine):
     """Train one fold's captioner on the images of all other folds; writes the folder out/tiny_blip_FOLD."""
     classes = data.source(args.data).classes
     model, processor = small_blip(encoder, classes, args.enlarge)
@@ -512,27 +549,35 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images: Tensor, truth: l
     weight[-len(classes) :] = 8.0  # the one word that is hard to find
     others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
 
-    run = vit.Run(args, f"tiny_blip_{fold}", model, machine, encoder, len(others) // args.batch)
-    for _ in range(run.epoch, args.epochs):
+    steps = vit.steps_of(len(others), args.batch)
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
+    name, files = f"tiny_blip_{fold}", vit.files_of(args)
+    run = vit.Run(
+        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
+    )
+
+    for _ in range(run.epoch, run.epochs):
         model.train()
         for i in data.shuffled_batches(len(others), args.batch, run.generator):
             index = others[i]  # [B]
             x = data.crop_flip(images[index], run.generator)  # [B, 3, S, S]
             x, words = vit.share(x), vit.share(ids[index])  # words: [B, L + 2]
             pixels = pixel_values(processor, (255 * x).round().byte())  # [B, 3, S', S']
-            with machine.autocast():
+            with run.machine.autocast():
                 logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
             guess = logits[:, :-1]  # [B, L + 1, V]
             target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.set_learning_rate()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
             right = (guess.argmax(dim=2) == target).float()  # [B, L + 1]
             run.log(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the second word is the class
         run.save()
+    run.finish()
     if vit.RANK > 0:
         return
     folder = f"{args.out}/tiny_blip_{fold}"
@@ -550,7 +595,7 @@ SMALL_CLIP = {
 }
 
 
-def train_small_clip(args, encoder: vit.ViT, images: Tensor, truth: list[str], machine: vit.Machine) -> None:
+def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: vit.Machine) -> None:
     """Train a small CLIP on images and sentences, for one epoch; writes the folder out/tiny_clip."""
     import open_clip  # only here: it takes seconds
 
@@ -560,22 +605,27 @@ def train_small_clip(args, encoder: vit.ViT, images: Tensor, truth: list[str], m
     tokens = tokenizer(truth).to(machine.device)  # [n, 16]
     contrast = open_clip.ClipLoss()
 
-    once = argparse.Namespace(**vars(args) | {"epochs": 1})
-    run = vit.Run(once, "tiny_clip", model, machine, encoder, len(images) // args.batch)
-    for _ in range(run.epoch, once.epochs):
+    steps = vit.steps_of(len(images), args.batch)
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, steps, args.warmup))
+    files, settings = vit.files_of(args), settings | {"epochs": 1}
+    run = vit.Run("tiny_clip", model, optimizer, schedule, machine, settings, 1, steps, args.batch, **files)
+
+    for _ in range(run.epoch, run.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
             x = vit.share(vit.standardise(data.crop_flip(images[index], run.generator)))  # [B, 3, S, S]
-            with machine.autocast():
+            with run.machine.autocast():
                 picture, text, scale = parallel(x, vit.share(tokens[index]))  # [B, E], [B, E], []
             loss = contrast(vit.gather(picture.float()), vit.gather(text.float()), scale)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.set_learning_rate()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
             run.log(loss=loss)
         run.save()
+    run.finish()
     folder = pathlib.Path(args.out, "tiny_clip")
     vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
     vit.write_tensors(folder / "open_clip_pytorch_model.bin", model.state_dict())
@@ -588,9 +638,11 @@ def tiny(args: argparse.Namespace) -> None:
         sys.exit("--folds must be at least 2: an image's captioner must not have seen its label")
     if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
-    machine = vit.Machine(args.device, args.precision, args.seed)
+    machine = vit.set_up(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
-    encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
+    encoder = vit.load_encoder(args.checkpoint)
+    start, pixels = vit.weights_of(args.checkpoint), data.fingerprint(images, labels)
+    settings = vit.settings_of(args, encoder, start=start, images=pixels)
     if encoder.config["stem"]:
         sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not")
     patch = encoder.config["patch_size"]
@@ -598,8 +650,8 @@ def tiny(args: argparse.Namespace) -> None:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
     truth = sentences(images, labels, data.source(args.data).classes)
     for fold in range(args.folds):
-        train_small_blip(args, fold, encoder, images, truth, machine)
-    train_small_clip(args, encoder, images, truth, machine)
+        train_small_blip(args, settings, fold, encoder, images, truth, machine)
+    train_small_clip(args, settings, images, truth, machine)
 
 
 # ---------------------------------------------------------------- Part 5: fusion and its controls
@@ -632,9 +684,7 @@ def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -
     found = {}
     for split in ("train", "validation", args.split):
         images, labels = data.load(args.data, split, device, args.limit)
-        if any((split, i) not in captions for i in range(len(images))):
-            sys.exit(f"{args.captions} lacks {split} captions; `multimodal.py caption` goes on with it")
-        which = [number[captions[split, i]] for i in range(len(images))]
+        which = [number[caption] for caption in captions_of(captions, images, split, args.captions)]
         found[split] = Captioned(images, labels, torch.tensor(which, device=device), states, is_word)
     return found
 
@@ -643,8 +693,6 @@ def fuse(args: argparse.Namespace) -> None:
     """Fine-tune the video model with the cross-attention block, and train its controls, a row apiece."""
     header, captions = read_captions(args.captions)
     about = data.source(args.data)
-    if header["dataset"] != about.name:
-        sys.exit(f"{args.captions} holds captions of {header['dataset']}, not of {about.name}")
     if args.name and len(args.control) > 1:
         sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
     clip, embedded = read_embeddings(embeddings_path(args.out, args.captions))
@@ -653,7 +701,7 @@ def fuse(args: argparse.Namespace) -> None:
         sys.exit(f"not all of these captions are embedded; `{command}` does it")
     start = args.checkpoint or f"{args.out}/video_encoder_{args.blocks}.pt"
     base = video.load_video(start)
-    machine = vit.Machine(args.device, args.precision, args.seed)
+    machine = vit.set_up(args.device, args.precision, args.seed)
     splits = load_captioned(args, captions, embedded, machine.device)
     text_dim = splits["train"].states.shape[2]
     usual = f"fusion_{header['captioner']}"
@@ -661,54 +709,65 @@ def fuse(args: argparse.Namespace) -> None:
     usual += "_seen" if header.get("seen") else ""
     usual += "_tokens" if args.text == "tokens" else ""
 
+    settings = vit.settings_of(args, base.encoder, start=vit.weights_of(start), clip=clip)
+    settings |= {"blocks": len(base.blocks), "words": vit.hash_of_files(args.captions)}
+    settings |= {"images": data.fingerprint(splits["train"].images, splits["train"].labels)}
+
     for control in args.control:
         name = args.name or (usual if control == "none" else f"{usual}_{control}")
-        # what makes it another run, too: whose embeddings, the start, the one control
-        settings = {"clip": clip, "blocks": len(base.blocks), "checkpoint": start}
-        settings["control"] = None if control == "none" else control
-        options = argparse.Namespace(**vars(args) | settings)
         own = splits
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
         model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
         model.to(machine.device)
-        run = train_fusion(options, name, model, own["train"], own["validation"], machine)
-        if vit.measured(args, name, run.path):
-            continue
+        this = settings | {"control": control}
+        run = train_fusion(args, name, model, own["train"], own["validation"], machine, this)
         judged = own[args.split]
-        logits = predict(model, judged, machine)
+        row = run.summary() | {"images": data.fingerprint(judged.images, judged.labels)}
+        if vit.measured(args, name, row):
+            continue
+        logits = predict(model, judged, run.machine)
         arrays = for_figures(model, judged, logits, embedded, args.text == "tokens")
         vit.write_arrays(vit.arrays_path(args, name), **arrays)
-        row = {"captioner": header["captioner"], "model": header["model"], "clip": clip}
-        row |= {"report": REPORTED.get(name)} | run.summary()
-        vit.record(args, name, machine, about, value=vit.accuracy(logits, judged.labels), **row)
+        row |= {"value": vit.accuracy(logits, judged.labels), "report": REPORTED.get(name)}
+        row |= {"captioner": header["captioner"], "model": header["model"], "clip": clip}
+        vit.record(args, name, run.machine, about, **row)
 
 
-def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, machine):
+def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, machine, settings):
     """Train one row of `fuse` -> its vit.Run."""
     # without the image nothing could tell what CutMix has mixed in
-    cutmix = args.cutmix if model.cls is None else 0.0
+    cutmix = args.cutmix if model.sees_image else 0.0
     parallel = vit.data_parallel(model, some_idle=True)
 
-    run = vit.Run(args, name, model, machine, None, len(train.images) // args.batch)
-    for _ in range(run.epoch, args.epochs):
+    steps = vit.steps_of(len(train.images), args.batch)
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
+    files = vit.files_of(args)
+    run = vit.Run(
+        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
+    )
+
+    for _ in range(run.epoch, run.epochs):
         model.train()
         for index in data.shuffled_batches(len(train.images), args.batch, run.generator):
             x = data.crop_flip(train.images[index], run.generator)  # [B, 3, S, S]
             y = train.labels[index]  # [B]
             x, other, kept = data.cutmix(x, y, run.generator, cutmix)  # a mixed image keeps its own caption
             x, y, other, index = vit.share(x), vit.share(y), vit.share(other), vit.share(index)
-            with machine.autocast():
+            with run.machine.autocast():
                 logits = parallel(x, *train.text(index))  # [B, K]
             loss = data.cutmix_loss(logits, y, other, kept, args.smoothing)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.set_learning_rate()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
             run.log(loss=loss, train=data.cutmix_accuracy(logits, y, other, kept))
-        run.save(validation=vit.accuracy(predict(model, validation, machine), validation.labels))
+        right = vit.accuracy(predict(model, validation, run.machine), validation.labels)
+        run.save(validation=right)
+    run.finish()
     return run
 
 
@@ -744,7 +803,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
 
-    training = vit.training_arguments(epochs=15, lr=1e-3, batch=128)
+    training = vit.training_arguments(epochs=15, muon=2e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
@@ -760,7 +819,7 @@ def main() -> None:
     add("--blip", default=blip, help="model id or folder (default: %(default)s)")
     add("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
     add("--seen", action="store_true", help="tiny: use models that have seen the training images' labels")
-    add("--batch", type=int, default=250, help="images at a time (default: %(default)s)")
+    add("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(run=caption)
 
@@ -772,7 +831,7 @@ def main() -> None:
     add("--clip-weights", default=weights, help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
-    training = vit.training_arguments(epochs=25, lr=5e-4, batch=128)
+    training = vit.training_arguments(epochs=25, muon=1e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("fuse", parents=[common, training], help="train on images with captions")
     add = p.add_argument
     add("--captions", metavar="FILE", required=True, help="caption file, embedded before")

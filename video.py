@@ -27,6 +27,7 @@ import sys
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import vit
@@ -199,26 +200,31 @@ def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: f
 def train(args: argparse.Namespace) -> None:
     """Train on pseudo-videos, from the image encoder to the head; judge on static videos."""
     name = args.name or f"video_{args.model}_{args.blocks}"
-    machine = vit.Machine(args.device, args.precision, args.seed)
+    machine, source = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
-    encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
+    encoder, start = vit.load_encoder(args.checkpoint), vit.weights_of(args.checkpoint)
     if args.blocks > len(encoder.blocks):
         sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose fewer --blocks")
     try:
         sampler = data.SameClassBatchSampler(labels, args.frames, args.seed)
     except ValueError as error:
         sys.exit(f"{error}; choose a larger --limit or fewer --frames")
-    model = MODELS[args.model](encoder, args.blocks, args.frames, ordered=args.positions).to(machine.device)
-    model.frame_head.requires_grad_(args.frame_loss > 0)
+    classes = len(source.classes)
+    model = MODELS[args.model](encoder, args.blocks, args.frames, classes, ordered=args.positions)
+    model.to(machine.device).frame_head.requires_grad_(args.frame_loss > 0)
     parallel = vit.data_parallel(model)
     in_order = torch.arange(args.frames, device=machine.device).expand(args.clips, -1)  # [C, F]
 
-    options = argparse.Namespace(**vars(args), batch=args.clips * args.frames)  # images of a step
     label_of = labels.tolist()
-    steps = len(clip_steps(sampler, label_of, args.clips, args.balanced))
-    run = vit.Run(options, name, model, machine, encoder, steps)
-    for epoch in range(run.epoch, args.epochs):
+    steps = vit.steps_of(len(clip_steps(sampler, label_of, args.clips, args.balanced)), 1)
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
+    settings = vit.settings_of(args, encoder, start=start, images=data.fingerprint(images, labels))
+    files, batch = vit.files_of(args), args.clips * args.frames
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, args.epochs, steps, batch, **files)
+
+    for epoch in range(run.epoch, run.epochs):
         model.train()
         sampler.set_epoch(epoch)
         clips = clip_steps(sampler, label_of, args.clips, args.balanced)  # [steps, C, F]
@@ -233,30 +239,33 @@ def train(args: argparse.Namespace) -> None:
             if args.repeats:
                 shown = random_repeats(args.clips, args.frames, machine.device, run.generator)
             x, y, other, shown = vit.share(x), vit.share(y), vit.share(other), vit.share(shown)
-            with machine.autocast():
+            with run.machine.autocast():
                 logits, each = parallel(x, shown)  # [C, K], [C, F, K]
             loss = clip_loss(logits, each, y, other, kept, args.smoothing, args.frame_loss)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.set_learning_rate()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
             run.log(loss=loss, train=data.cutmix_accuracy(logits, y, other, kept))
-        run.save(validation=same_class_accuracy(model, validation, truth, 1, args.frames, args.seed, machine))
+        static = same_class_accuracy(model, validation, truth, 1, args.frames, args.seed, run.machine)
+        run.save(validation=static)
+    run.finish()
 
-    if vit.measured(args, name, run.path):
-        return
     images, labels = data.load(args.data, args.split, machine.device, args.limit)
+    row = run.summary() | {"images": data.fingerprint(images, labels)}
+    if vit.measured(args, name, row):
+        return
     smallest = int(labels.bincount()[labels.unique()].min())  # images of the rarest class
     different = {}  # number of different images in a clip -> accuracy
     for n in sorted({1, 2, 4, 8, 16, args.frames}):
         if n <= min(smallest, args.frames):
-            different[n] = same_class_accuracy(model, images, labels, n, args.frames, args.seed, machine)
+            different[n] = same_class_accuracy(model, images, labels, n, args.frames, args.seed, run.machine)
     if args.model == "encoder" and smallest >= args.frames:
         arrays = clips_for_the_figure(model, images, labels, args.frames)
         vit.write_arrays(vit.arrays_path(args, name), **arrays)
-    row = {"report": REPORTED.get(name), "different": different} | run.summary()
-    vit.record(args, name, machine, data.source(args.data), value=different[1], **row)
+    row |= {"value": different[1], "report": REPORTED.get(name), "different": different}
+    vit.record(args, name, run.machine, source, **row)
 
 
 def predict(model: nn.Module, images: Tensor, index: Tensor, frames: int, machine: vit.Machine) -> Tensor:
@@ -300,13 +309,15 @@ def load_video(path: str) -> FactorisedEncoder:
     if settings.get("model") != "encoder":
         sys.exit(f"{path} holds no factorised encoder; `python video.py --model encoder` makes one")
     encoder = vit.ViT(**state["config"])
-    model = FactorisedEncoder(encoder, settings["blocks"], settings["frames"], ordered=settings["positions"])
+    classes = len(state["model"]["head.bias"])
+    frames, ordered = settings["frames"], settings["positions"]
+    model = FactorisedEncoder(encoder, settings["blocks"], frames, classes, ordered)
     model.load_state_dict(state["model"])
     return model
 
 
 def main() -> None:
-    parents = [vit.common_arguments(), vit.training_arguments(epochs=25, lr=1e-3)]
+    parents = [vit.common_arguments(), vit.training_arguments(epochs=25, muon=2e-3, adamw=1e-3)]
     raw, yes_no = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, parents=parents)
     add = p.add_argument

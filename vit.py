@@ -1,15 +1,17 @@
-"""A Vision Transformer for one small image, written out; and the plumbing that every training loop shares.
+"""A Vision Transformer for one small image, written out; and what every training loop shares.
 
-Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Classifier
-Part 2, the plumbing:                    device and precision, files, checkpoints, Run, the command line
+Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Contrastive, Classifier
+Part 2, the optimiser:                   Muon, which learns three times faster than AdamW here; the schedule
+Part 3, the plumbing (may be skipped):   device and precision, files, checkpoints, Run, the command line
 
 Depends on torch alone: copy this file and use `ViT` in your own code.
 
     python vit.py                  # prints the network, layer by layer
 
-Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm).
-Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes,
-P patch size in pixels, S image size in pixels.
+Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm), Jordan
+et al. 2024 (Muon; kellerjordan.github.io/posts/muon), Liu et al. 2025 (its step's length; arXiv 2502.16982).
+Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes, P
+patch size in pixels, S image size in pixels.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import sys
 import time
 import warnings
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,8 +80,10 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    The path from input to output has no norm on it (pre-norm), so gradients reach the first block unchanged;
-    this is why a ViT trains without the long warm-up that the post-norm order needs (Xiong et al. 2020).
+    The path from input to output has no norm on it (pre-norm). With a norm after each sum (post-norm, as in
+    Vaswani et al.) the gradients near the output are large at initialisation, so that training needs a long
+    warm-up or diverges; with pre-norm it does not (Xiong et al. 2020). The MLP is four times as wide inside,
+    as in both papers: two thirds of a block's weights.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -108,8 +113,11 @@ class ViT(nn.Module):
 
     The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token
     is put in front, where it collects what describes the whole image; learned positions are added, since
-    attention by itself doesn't know where a token came from. The default: 16 patches, 17 tokens, 1.2 M
-    parameters. `stem` replaces the linear map by a ConvStem.
+    attention by itself doesn't know where a token came from. `stem` replaces the linear map by a ConvStem.
+
+    The default is as large as a laptop trains in minutes: 16 patches (the report's), 17 tokens, width 128, 6
+    blocks, 4 heads of 32 dimensions, 1.2 M parameters. Width 192 was tried and brings little; small patches
+    bring much, at four times the cost (results/report.md, "Is the 8x8 patch the limit?").
     """
 
     def __init__(self, image_size=32, patch_size=8, dim=128, depth=6, heads=4, stem=False):
@@ -191,28 +199,61 @@ class ModelM(nn.Module):
 
     Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head
     reads the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
-    InfoNCE's projector is an MLP that is thrown away afterwards: it may forget what the encoder should keep.
     """
 
-    def __init__(self, encoder: ViT, projector: bool = False):
+    def __init__(self, encoder: ViT):
         super().__init__()
         dim, patch = encoder.config["dim"], encoder.config["patch_size"]
         self.encoder = encoder
         self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
         self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
-        self.projector = None
-        if projector:
-            self.projector = nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
 
     def forward(self, images: Tensor, masked: Tensor):
-        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], pixels [B, M, 3*P*P],
-        projected CLS [B, E] (None without a projector)."""
-        tokens = self.encoder(images)
+        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], pixels [B, M,
+        3*P*P]."""
+        return self.heads(self.encoder(images), masked)
+
+    def heads(self, tokens: Tensor, masked: Tensor):
+        """What the heads make of tokens [B, 1 + N, D]; as forward."""
         cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
         index = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
-        pixels = self.reconstruction_head(patches.gather(1, index))  # [B, M, 3*P*P]
-        embedding = self.projector(cls) if self.projector else None  # [B, E]
-        return self.rotation_head(cls), pixels, embedding
+        return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, index))
+
+
+def projector(dim: int) -> nn.Module:
+    """The MLP between CLS and a contrastive loss, thrown away afterwards: [B, D] -> [B, 128].
+
+    The loss asks that views of an image look alike, so whatever tells them apart (colour, place) is to be
+    forgotten. The projector forgets it, so that the encoder need not (SimCLR, section 4.2, which also finds
+    that the number of outputs hardly matters; 512 inside is the width of our MLPs).
+    """
+    return nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
+
+
+class Contrastive(nn.Module):
+    """InfoNCE's model: an encoder, and the projector on its CLS token."""
+
+    def __init__(self, encoder: ViT):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector(encoder.config["dim"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, 3, S, S] -> [B, 128]."""
+        return self.projector(self.encoder(images)[:, 0])
+
+
+class JointM(ModelM):
+    """Model M with InfoNCE's projector beside its two heads."""
+
+    def __init__(self, encoder: ViT):
+        super().__init__(encoder)
+        self.projector = projector(encoder.config["dim"])
+
+    def forward(self, images: Tensor, masked: Tensor):
+        """As Model M's -> angle logits [B, 4], pixels [B, M, 3*P*P], projected CLS [B, 128]."""
+        tokens = self.encoder(images)
+        return *self.heads(tokens, masked), self.projector(tokens[:, 0])
 
 
 class Classifier(nn.Module):
@@ -228,12 +269,186 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images)[:, 0])
 
 
-# ---------------------------------------------------------------- Part 2: the plumbing
-# Nothing below is about transformers.
+# ---------------------------------------------------------------- Part 2: the optimiser
+# A weight matrix is not a list of numbers: it is a map, and turns some directions of its input into some
+# directions of its output. Its gradient says which of these turns would lower the loss. Write that gradient
+# (or its running mean, the momentum) as a sum over directions, its singular value decomposition:
 #
-# Under torchrun, PyTorch's launcher, every process draws the same random numbers and augments the whole batch
-# (cheap beside the network); then each trains on its `share`, `data_parallel` averages the gradients, and
-# InfoNCE, whose negatives are all other images, needs `gather`. One process gets back what it gave them.
+#     M = U S V^T = sum over k of  s_k u_k v_k^T
+#
+# In practice a few s_k are large and all others tiny: what all images agree on drowns what some images could
+# teach. AdamW doesn't see this, as it scales every entry of M by itself. Muon steps along
+#
+#     U V^T = sum over k of  u_k v_k^T
+#
+# the same directions, every one equally far (of all steps whose largest singular value is 1, the one that
+# lowers the loss most). The SVD itself is slow and hard to do in parallel. But an odd polynomial p, applied
+# to a matrix, is applied to its singular values and leaves U and V alone:
+#
+#     p(X) = a X + b (X X^T) X + c (X X^T)^2 X = U p(S) V^T,        p(s) = a s + b s^3 + c s^5
+#
+# so a p that drives every s in (0, 1] towards 1 will do, and costs three matrix products a time. Newton and
+# Schulz's own, (15, -10, 3) / 8, does it exactly but starts slowly (p(s) = 1.9 s for small s). Jordan's
+# coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002;
+# the price is that they end between 0.7 and 1.2 instead of at 1, which training does not notice.
+#
+# Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
+# and positions (tables of vectors, one row used at a time), and the heads, each of whose outputs has a
+# meaning of its own (Jordan et al. found AdamW better there).
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T of every matrix U S V^T, nearly: [n, rows, columns] -> the same, singular values about 1.
+
+    The coefficients and five iterations are those of Jordan et al. 2024. Write them lying down (rows <=
+    columns): the products then are smaller.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    # no singular value is larger than the norm, so all are in [0, 1] now; 1e-7: a gradient may be zero
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT  # [n, rows, rows]
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x, [n, rows, columns]
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024), for weight matrices inside a network.
+
+        M <- momentum M + (1 - momentum) gradient
+        W <- W - lr decay W - lr 0.2 sqrt(max(rows, columns)) U V^T
+
+    U and V^T are those of M one step ahead, momentum M + (1 - momentum) gradient once more (Nesterov).
+    All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about
+    1 / sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is what an entry of AdamW's
+    step is on average (Liu et al. 2025, section 2.2). So one learning rate, and one decay, serve both.
+
+    A parameter [rows, ...] counts as one matrix: a convolution that embeds patches, [D, 3, P, P], as
+    [D, 3*P*P]. `parts`, a key of a parameter group, says that its weights are so many matrices on top of each
+    other (a qkv: 3): each is a map of its own, and orthogonalised as one. `precision`: of the iterations.
+    """
+
+    def __init__(self, params, lr=2e-3, momentum=0.95, weight_decay=0.0, precision=torch.float32, parts=1):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"precision": precision, "parts": parts})
+
+    @torch.no_grad()
+    def step(self):
+        alike = {}  # shape, scale, precision -> (weight, direction) of all matrices that have these
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            means, gradients = [self.state[p]["momentum"] for p in weights], [p.grad for p in weights]
+            # _foreach_: on a GPU one launch for the whole list
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+            ahead = torch._foreach_lerp(gradients, means, momentum)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            for weight, direction in zip(weights, ahead):
+                w_parts = weight.view(len(weight), -1).chunk(group["parts"])  # [rows, columns] each
+                d_parts = direction.view(len(weight), -1).chunk(group["parts"])
+                for w, d in zip(w_parts, d_parts):
+                    scale = lr * 0.2 * max(w.shape) ** 0.5
+                    if len(w) > w.shape[1]:
+                        w, d = w.T, d.T  # lay it down; w is still a view of the weight
+                    alike.setdefault((d.shape, scale, group["precision"]), []).append((w, d))
+        # matrices of one shape are iterated together: few large products instead of many small ones
+        for (_, scale, precision), pairs in alike.items():
+            weights, directions = zip(*pairs)
+            steps = orthogonalise(torch.stack(directions).to(precision)).float()  # [n, rows, columns]
+            torch._foreach_add_(weights, steps.unbind(), alpha=-scale)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of all: who changes a learning rate here changes it there."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> dict:
+        """As of any optimiser, to be loaded again by load_state_dict."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what state_dict returned."""
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+
+
+# the weights inside a network, by where they are: in our networks' blocks, and in those of transformers' BLIP
+# (layers, layer) and open_clip's CLIP (resblocks)
+INSIDE = re.compile(r"(^|\.)(blocks?|temporal|layers?|resblocks|patch_embedding)\.")
+# weights that are several matrices on top of each other
+PARTS = {"qkv.weight": 3, "in_proj_weight": 3, "kv.weight": 2}
+# rows are looked up in these, not multiplied
+TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|token)_embedding")
+
+
+def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, precision: str = "float32"):
+    """The optimiser "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all) of a
+    model. `precision`: "float32" or "bfloat16", of Muon's iterations.
+
+    Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; on biases, norms,
+    CLS and positions it would only do harm. 0.05 is what ViTs are usually trained with; AdamW's second beta
+    of 0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need.
+    """
+    inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or TABLES.search(name):
+            others.append(p)
+        elif kind == "muon" and INSIDE.search(name):
+            parts = next((n for end, n in PARTS.items() if name.endswith(end)), 1)
+            inside.setdefault(parts, []).append(p)
+        else:
+            matrices.append(p)
+    decayed = {"params": matrices, "weight_decay": weight_decay}
+    adamw = torch.optim.AdamW([decayed, {"params": others, "weight_decay": 0.0}], lr, (0.9, 0.99), fused=True)
+    if not inside:
+        return adamw
+    groups = [{"params": weights, "parts": parts} for parts, weights in inside.items()]
+    muon = Muon(groups, lr, weight_decay=weight_decay, precision=getattr(torch, precision))
+    return Together(muon, adamw)
+
+
+def warmup_cosine(step: int, total: int, warmup: float) -> float:
+    """The share of the peak learning rate in this step, counted from 0, of `total`: a linear rise over the
+    first share `warmup` of them, then half a cosine down to zero (SGDR, Loshchilov and Hutter 2017).
+
+    The rise is there as a mean over few gradients is no mean yet; the fall, as a network that takes full
+    steps to the end is still being thrown about when it is stopped.
+    """
+    rise = warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+
+
+# ---------------------------------------------------------------- Part 3: the plumbing
+# Nothing below is about transformers, and none of it is needed to understand a training loop. What a loop
+# calls: set_up (where to compute), Run (progress, checkpoint, resume), record (a row of results.json).
+#
+# Several processes, one per GPU, under PyTorch's launcher torchrun: each draws the same random numbers and
+# augments the whole batch (cheap beside the network); then it trains on its `share`, `data_parallel` averages
+# the gradients, and InfoNCE, whose negatives are all other images, needs `gather`. A single process gets back
+# what it gave them.
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # only process 0 prints and writes
@@ -272,29 +487,16 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class Machine:
-    """Where the run computes, and in which precision; both chosen here, and printed."""
+# ---------------------------------------------------------------- device and precision
 
-    def __init__(self, device: str = "auto", precision: str = "auto", seed: int = 0):
-        self.device, self.seed = find_device(device), seed
-        kind = self.device.type
-        if PROCESSES > 1 and not dist.is_initialized():
-            if kind == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
-        torch.set_float32_matmul_precision("high")  # lets CUDA use its tensor cores for float32
-        torch.manual_seed(seed)  # initial weights; what is drawn later comes from the run's own generator
-        chosen = [precision, "as asked"]
-        if precision == "auto":
-            chosen = [*faster_precision(self.device)]
-        if PROCESSES > 1:
-            dist.broadcast_object_list(chosen)  # all take what process 0 found
-        self.precision, why = chosen
-        self.eval_batch = 125 if kind == "cpu" else 1000  # images at a time; few fit a CPU's cache
-        chip = torch.cuda.get_device_name(self.device) if kind == "cuda" else processor_name()
-        self.name = f"{kind} ({chip}, {torch.get_num_threads()} CPU threads)"
-        print(f"{self.name}, {self.precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
+
+class Machine(NamedTuple):
+    """What `set_up` found: where a run computes, and in which precision."""
+
+    device: torch.device
+    precision: str  # "float32" or "bfloat16"
+    name: str  # in words, for results.json
+    seed: int
 
     def autocast(self):
         """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
@@ -302,14 +504,42 @@ class Machine:
             return contextlib.nullcontext()  # not every device knows autocast, even disabled
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    @property
+    def eval_batch(self) -> int:
+        """Images at a time where nothing is learned: few fit a CPU's cache."""
+        return 125 if self.device.type == "cpu" else 1000
+
+
+def set_up(device: str = "auto", precision: str = "auto", seed: int = 0) -> Machine:
+    """Choose device and precision where they are "auto", join the other processes (under torchrun), seed what
+    draws initial weights, and say all this. SystemExit where the device can't be used."""
+    where = find_device(device)
+    if PROCESSES > 1 and not dist.is_initialized():
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    chosen = [precision, "as asked"]
+    if precision == "auto":
+        chosen = [*faster_precision(where)]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(chosen)  # all take what process 0 found
+    precision, why = chosen
+    torch.manual_seed(seed)  # what is drawn in training comes from the run's own generator
+    chip = torch.cuda.get_device_name(where) if where.type == "cuda" else processor_name()
+    name = f"{where.type} ({chip}, {torch.get_num_threads()} CPU threads)"
+    print(f"{name}, {precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
+    return Machine(where, precision, name, seed)
+
 
 def find_device(asked: str) -> torch.device:
     """The device that was asked for, or with "auto" the first that works; SystemExit where none does."""
     names = [asked]
     if asked == "auto":
-        mps = torch.backends.mps.is_available() and PROCESSES == 1
-        there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         names = [name for name in there if there[name]]
+        if PROCESSES > 1:  # all must choose the same, so none tries another
+            names = ["cuda" if there["cuda"] else "cpu"]
     for name in names:
         if name == "cuda" and PROCESSES > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU a process
@@ -317,9 +547,9 @@ def find_device(asked: str) -> torch.device:
             return (torch.zeros(1, device=name) + 1).device  # + 1: a GPU too old fails at its first kernel
         except (RuntimeError, AssertionError) as error:
             why = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
-            if asked == "auto":
+            if name != names[-1]:
                 print(f"{why}; going on without", flush=True)
-    sys.exit(f"{why}; try --device cpu")
+    sys.exit(f"{why}; try --device cpu, or fewer processes")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
@@ -356,6 +586,8 @@ def processor_name() -> str:
 
 
 # ---------------------------------------------------------------- files and checkpoints
+# A file that is half written, by a kill or a full disk, would be taken for a whole one by the next command.
+# So nothing is ever written in place.
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
@@ -392,10 +624,25 @@ def write_arrays(path: pathlib.Path, **arrays) -> None:
     write_file(path, buffer.getvalue())
 
 
-def fingerprint(*paths: str | pathlib.Path) -> str:
-    """A short hash of the files' contents, to tell which weights a number came from ("" for no file)."""
-    files = [pathlib.Path(path) for path in paths if pathlib.Path(path).is_file()]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
+def hash_of(*pieces: bytes) -> str:
+    """A short hash, to tell whether two contents are the same."""
+    return hashlib.sha256(b"".join(pieces)).hexdigest()[:12]
+
+
+def hash_of_files(*paths: str | pathlib.Path) -> str:
+    """A short hash of the files' contents ("" where there is none of them)."""
+    files = [pathlib.Path(path) for path in paths if path and pathlib.Path(path).is_file()]
+    return hash_of(*(file.read_bytes() for file in files)) if files else ""
+
+
+def hash_of_weights(weights: dict[str, Tensor]) -> str:
+    """A short hash of named tensors: runs that end with the same weights have the same, wherever they ran."""
+    return hash_of(*(name.encode() + x.cpu().numpy().tobytes() for name, x in sorted(weights.items())))
+
+
+def weights_of(path: str | pathlib.Path) -> str:
+    """hash_of_weights of a checkpoint ("" for no path)."""
+    return hash_of_weights(read_checkpoint(path)["model"]) if path else ""
 
 
 def read_checkpoint(path: str | pathlib.Path) -> dict:
@@ -422,25 +669,19 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
     encoder = ViT(**state["config"])
     own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
     encoder.load_state_dict({name.split("encoder.", 1)[1]: state["model"][name] for name in own})
-    return encoder
-
-
-def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, stem: bool) -> ViT:
-    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder."""
-    try:
-        encoder = load_encoder(checkpoint) if checkpoint else ViT(32, patch or 8, dim or 128, stem=stem)
-    except ValueError as error:
-        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
-        option, has = name.removesuffix("_size"), encoder.config[name]
-        if asked not in (None, has):
-            sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
     tokens, width = 1 + encoder.patches, encoder.config["dim"]
     print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
 
 
 # ---------------------------------------------------------------- training
+
+
+def steps_of(number: int, batch: int) -> int:
+    """Steps of an epoch: whole batches of so many images; SystemExit where there is none."""
+    if number < batch:
+        sys.exit(f"{number} images are fewer than one step's {batch}; choose a smaller batch")
+    return number // batch
 
 
 class Progress:
@@ -471,92 +712,97 @@ class Progress:
 class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again.
 
-    After each epoch `save` writes weights, optimiser, random generator and metrics to out/NAME.pt. So a
-    resumed run draws the same numbers as an uninterrupted one; on a CPU its weights are the same bit by bit.
+        run = Run(...)                                 # goes on from out/NAME.pt where there is one
+        for epoch in range(run.epoch, epochs):
+            for ... : ...; run.log(loss=loss)          # a step: what the loop does, and its numbers
+            run.save()                                 # the epoch's means; the checkpoint
+        run.finish()                                   # from here on the run counts as finished
+
+    A checkpoint holds weights, optimiser, schedule, random generator and metrics. So a resumed run draws the
+    same numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. `settings` is
+    whatever makes it another run: where the checkpoint has others, it is not gone on with. `steps` are those
+    of an epoch, `images` those of a step.
     """
 
-    def __init__(self, args, name: str, model: nn.Module, machine: Machine, encoder, steps: int):
-        """`encoder`: the ViT that --dim, --patch and --stem describe, or None; `steps`: of an epoch."""
-        if steps < 1:
-            sys.exit(f"{name}: the images are fewer than one step's {args.batch}; choose a smaller batch")
-        self.args, self.name, self.model, self.machine, self.steps = args, name, model, machine, steps
-        self.path = pathlib.Path(args.out) / f"{name}.pt"
-        self.settings = what_matters(args, encoder)
-        self.code = fingerprint(*loaded_files())
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        machine: Machine,
+        settings: dict,
+        epochs: int,
+        steps: int,
+        images: int,
+        out: str | pathlib.Path = "runs/mine",
+        fresh: bool = False,
+        keep_epochs: bool = False,
+    ):
+        self.name, self.model, self.optimizer, self.schedule = name, model, optimizer, schedule
+        self.machine, self.settings, self.keep_epochs = machine, settings, keep_epochs
+        self.epochs, self.images = epochs, images
+        self.path = pathlib.Path(out) / f"{name}.pt"
+        self.code = code_version()
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
-        # weight decay pulls matrices towards zero; on biases, norms, CLS and positions it would only do harm
-        matrices = {"params": [], "weight_decay": args.weight_decay}
-        others = {"params": [], "weight_decay": 0.0}
-        for key, p in model.named_parameters():
-            is_matrix = p.ndim > 1 and not key.endswith(("cls", "positions"))
-            (matrices if is_matrix else others)["params"].append(p)
-        self.optimizer = torch.optim.AdamW([matrices, others], lr=args.lr, betas=(0.9, 0.99), fused=True)
         self.history = {}  # metric -> its mean in each epoch
         self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
         self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
         size = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {size:,} parameters, {args.epochs} epochs of {steps} steps of {args.batch} images")
-        if args.warmup >= args.epochs:
-            print(f"{name}: with --warmup {args.warmup:g} the learning rate rises to the end")
-        if self.path.exists() and not args.fresh:
+        print(f"{name}: {size:,} parameters, {epochs} epochs of {steps} steps of {images} images")
+        if fresh and RANK == 0:
+            self.path.unlink(missing_ok=True)  # else a stop in the first epoch would bring it back
+        if self.path.exists() and not fresh:
             self.resume()
         self.started = time.perf_counter()  # of the epoch
-        self.progress = Progress("images", (args.epochs - self.epoch) * steps * args.batch)
+        self.progress = Progress("images", (epochs - self.epoch) * steps * images)
 
     def resume(self) -> None:
-        """Go on from the checkpoint of an earlier start of this run."""
+        """Go on from the checkpoint of an earlier start of this run; SystemExit where it was another run."""
         state = read_checkpoint(self.path)
         refuse_other_settings(self.path, state["settings"], self.settings)
-        if state["optimizer"]:  # in mid-run: a random generator can't go on elsewhere
-            refuse_other_settings(self.path, state, {"device": self.machine.device.type})
+        edited = state["code"] != self.code
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
-        if not state["optimizer"]:  # not kept once a run is finished
-            edited = state.get("code", self.code) != self.code
+        self.machine = self.machine._replace(precision=state["precision"])  # another would be another run
+        if state["finished"]:
+            self.epochs = self.epoch  # it may have been stopped early
             note = "; the code has been edited since: --fresh trains anew" if edited else ""
             print(f"{self.name}: finished before, taken from {self.path}{note}")
             return
-        print(f"{self.name}: going on after epoch {self.epoch} of {self.args.epochs} in {state['precision']}")
-        self.machine.precision = state["precision"]  # another one would be another run
+        if edited:  # half a run with the old loss and half with the new would be neither
+            sys.exit(f"{self.path} is half a run of other code; undo the edit, or add --fresh to start over")
+        # a random generator can't go on elsewhere
+        refuse_other_settings(self.path, state, {"device": self.machine.device.type})
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
-
-    def set_learning_rate(self) -> None:
-        """Linear warm-up, then half a cosine down to zero (SGDR, 2017), over all steps of the run."""
-        step, total = self.epoch * self.steps + self.batches, self.args.epochs * self.steps
-        warmup = int(self.args.warmup * self.steps)
-        if step < warmup:
-            share_of_full = (step + 1) / warmup
-        else:
-            share_of_full = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * share_of_full
+        for name, p in self.model.named_parameters():  # what a loop that adds up gradients had not yet used
+            if name in state["gradients"]:
+                p.grad = state["gradients"][name].to(p.device)
+        print(f"{self.name}: going on after epoch {self.epoch} of {self.epochs} in {state['precision']}")
 
     def log(self, **metrics: Tensor) -> None:
-        """End a step, after the optimiser's: count it (set_learning_rate goes by this count), note its loss
-        and other scalars; once a second show their means so far."""
+        """Note a step's loss and other scalars; once a second show the epoch's means so far."""
         for key, value in metrics.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach().float()
         self.batches += 1
-        self.progress.done += self.args.batch
+        self.progress.done += self.images
         if time.perf_counter() - self.progress.shown > 1:  # at every batch it would make a GPU wait
             self.show(self.means())
 
     def means(self) -> dict[str, float]:
-        """Every metric's mean over the epoch's batches so far; SystemExit where the loss is not finite."""
-        means = {key: (total / self.batches).item() for key, total in self.sums.items()}
-        if not math.isfinite(means["loss"]):
-            where = f"\n{self.name}: the loss is not finite in epoch {self.epoch + 1}"
-            sys.exit(f"{where}; the last good epoch is kept; try a smaller --lr with --fresh")
-        return means
+        """Every metric's mean over the epoch's batches so far."""
+        return {key: (total / self.batches).item() for key, total in self.sums.items()}
 
     def show(self, metrics: dict[str, float], last: bool = False) -> None:
         """The progress line, with these metrics."""
         values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
-        self.progress.show(f"{self.name} {self.epoch + 1}/{self.args.epochs}{values}", last)
+        self.progress.show(f"{self.name} {self.epoch + 1}/{self.epochs}{values}", last)
 
     def save(self, **extra: float) -> None:
-        """End an epoch: show and keep its means and `extra` metrics; write the checkpoint."""
+        """End an epoch: show and keep its means and `extra` metrics; write the checkpoint. Raises
+        FloatingPointError, and keeps the checkpoint of the epoch before, where the loss is not finite."""
         metrics = self.means()
         if PROCESSES > 1:
             everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
@@ -564,41 +810,58 @@ class Run:
             metrics = dict(zip(metrics, everywhere.tolist()))
         metrics |= extra
         self.show(metrics, last=True)
+        if not math.isfinite(metrics["loss"]):
+            why = f"{self.name}: the loss is not finite in epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{why}; the last good epoch is kept; try a smaller --lr with --fresh")
         for key, value in metrics.items():
             self.history.setdefault(key, []).append(value)
         now = time.perf_counter()
         self.seconds += now - self.started
         self.epoch, self.batches, self.sums, self.started = self.epoch + 1, 0, {}, now
+        write_tensors(self.path, self.state())
+        if self.keep_epochs:
+            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), self.state(finished=True))
+
+    def finish(self) -> None:
+        """Write the last checkpoint, without what only a resumed run needs: from now on it is finished."""
+        write_tensors(self.path, self.state(finished=True))
+
+    def state(self, finished: bool = False) -> dict:
+        """What a checkpoint holds."""
         encoder = getattr(self.model, "encoder", None)  # a model of another library has none
         state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings", "code")}
         state |= {"device": self.machine.device.type, "precision": self.machine.precision}
         state |= {"model": self.model.state_dict(), "config": encoder.config if encoder else None}
-        state |= {"generator": self.generator.get_state(), "optimizer": None}
-        if self.args.keep_epochs:
-            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), state)
-        if self.epoch < self.args.epochs:
-            state["optimizer"] = self.optimizer.state_dict()
-        write_tensors(self.path, state)
+        state |= {"finished": finished}
+        if not finished:
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+            state |= {"generator": self.generator.get_state(), "gradients": gradients}
+        return state
 
     def summary(self) -> dict:
         """What a row of results.json says of its training."""
         last = {key: self.history[key][-1] for key in ("train", "validation") if key in self.history}
-        return last | {"epochs": self.epoch, "seconds": self.seconds, "weights": fingerprint(self.path)}
+        last |= {"epochs": self.epoch, "seconds": self.seconds}
+        return last | {"weights": hash_of_weights(self.model.state_dict())}
 
 
-FILES = {"init", "checkpoint", "captions"}  # options that name a file; what counts is its contents
-
-
-def what_matters(args: argparse.Namespace, encoder: ViT | None) -> dict:
-    """What makes it another run: its options, less those that leave the weights alone, and its files."""
-    harmless = ("fresh", "split", "run", "device", "precision", "out", "name", "keep_epochs")
-    found = {key: value for key, value in vars(args).items() if key not in harmless}
-    for key in FILES & found.keys():
-        found[key] = fingerprint(found[key] or "")
-    if encoder:  # its sizes, said or left to the default, are the same run
+def settings_of(args: argparse.Namespace, encoder: ViT | None = None, **more) -> dict:
+    """What makes it another run: the options that were typed, less those that leave the weights alone; the
+    encoder's sizes, said or left to the default; and `more`. Files and images count by their contents, which
+    the stage adds, not by their names."""
+    harmless = ("run", "out", "name", "split", "device", "precision", "fresh", "keep_epochs")
+    by_content = ("data", "init", "checkpoint", "captions")
+    found = {key: value for key, value in vars(args).items() if key not in harmless + by_content}
+    if encoder:
         config = encoder.config
         found |= {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
-    return found
+    return found | more
+
+
+def files_of(args: argparse.Namespace) -> dict:
+    """The options that say where a run's checkpoints lie and which are kept, for Run."""
+    return {"out": args.out, "fresh": args.fresh, "keep_epochs": args.keep_epochs}
 
 
 def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
@@ -611,11 +874,28 @@ def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
             sys.exit(f"{made}; add --fresh to start over, or choose another --name")
 
 
-def loaded_files() -> list[str]:
-    """The .py files of this folder that are loaded: the script and what it imports."""
+SOURCES = {}  # .py file -> hash of what was loaded from it, once it was loaded
+
+
+def code_version() -> str:
+    """A hash of this folder's code as it runs. SystemExit where a file has been edited since it was loaded:
+    a notebook runs on with the old one."""
     here = pathlib.Path(__file__).resolve().parent
-    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-    return sorted(file for file in files if pathlib.Path(file).resolve().parent == here)
+    for name, module in sorted(sys.modules.items()):
+        path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
+        if path.parent != here or not path.is_file():
+            continue
+        now = hash_of(path.read_bytes())
+        if name == "__main__":  # the script, which is read anew each time
+            SOURCES[path] = now
+        if SOURCES.setdefault(path, now) != now:
+            sys.exit(
+                f"{path.name} has been edited since it was loaded; restart Python (the notebook's kernel)"
+            )
+    return hash_of(*(f"{path.name} {code}".encode() for path, code in sorted(SOURCES.items())))
+
+
+code_version()  # remember what has been loaded until now: this file, data.py
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -655,17 +935,19 @@ def record(args: argparse.Namespace, name: str, machine: Machine, source, **row)
     where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
     results, name = read_results(args.out), row_name(args, name)
     results |= {"dataset": source.name, "provenance": source.provenance, "versions": versions} | where
-    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv])}
+    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv]), "code": code_version()}
     results["rows"][name] = where | row | typed
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{name}: {row['value']:.4f}", flush=True)
 
 
-def measured(args: argparse.Namespace, name: str, *checkpoints: str) -> bool:
-    """True where results.json already has this row, from the same command and the same weights."""
+def measured(args: argparse.Namespace, name: str, now: dict) -> bool:
+    """True where results.json already has this row, by the same command and code, of the same weights and
+    images (`now`)."""
     name = row_name(args, name)
     row = read_results(args.out)["rows"].get(name, {})
-    known = row.get("weights") == fingerprint(*checkpoints) and row["command"].endswith(shlex.join(sys.argv))
+    same = all(row.get(key) == now[key] for key in ("weights", "images"))
+    known = same and row["code"] == code_version() and row["command"].endswith(shlex.join(sys.argv))
     if known:
         print(f"{name}: {row['value']:.4f}, measured before", flush=True)
     return known
@@ -682,26 +964,49 @@ def common_arguments() -> argparse.ArgumentParser:
     add("--split", choices=splits, default="validation", help="for the final number; look at test once")
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     add("--limit", type=int, help="use only so many images of each split (default: all)")
-    add("--dim", type=int, help="width of a new encoder (default: 128)")
-    add("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
-    add("--stem", action="store_true", help="give a new encoder a small convolution inside each patch")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster")
     return p
 
 
-def training_arguments(epochs: int, lr: float, batch: int | None = None) -> argparse.ArgumentParser:
-    """The options of every training stage, with this stage's defaults, to be used as a parent parser."""
+def encoder_arguments() -> argparse.ArgumentParser:
+    """The options of the stages that make a new encoder, to be used as a parent parser."""
+    p = argparse.ArgumentParser(add_help=False)
+    add = p.add_argument
+    add("--dim", type=int, help="width of a new encoder (default: 128)")
+    add("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
+    add("--stem", action="store_true", help="give a new encoder a small convolution inside each patch")
+    return p
+
+
+def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, stem: bool) -> ViT:
+    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder."""
+    try:
+        encoder = load_encoder(checkpoint) if checkpoint else ViT(32, patch or 8, dim or 128, stem=stem)
+    except ValueError as error:
+        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
+    for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
+        option, has = name.removesuffix("_size"), encoder.config[name]
+        if asked not in (None, has):
+            sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
+    return encoder
+
+
+def training_arguments(epochs: int, muon: float, adamw: float, batch: int | None = None):
+    """The options of every training stage, to be used as a parent parser, with this stage's defaults:
+    peak learning rates of the two optimisers, images per step (None: the stage counts in other units)."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
     add("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
     if batch:
         add("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
-    add("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: %(default)s")
+    add("--lr", type=float, help=f"peak learning rate (default: {muon:g}; with --optimizer adamw {adamw:g})")
     add("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
-    add("--warmup", type=float, default=1.0, help="epochs of linear warm-up (default: %(default)s)")
+    add("--warmup", type=float, default=0.1, help="share of the steps, of linear rise (default: %(default)s)")
     add("--keep-epochs", action="store_true", help="also keep every epoch's checkpoint, NAME-epoch1.pt, ...")
     add("--fresh", action="store_true", help="start over instead of going on")
+    p.set_defaults(usual_lr={"muon": muon, "adamw": adamw})
     return p
 
 
@@ -710,6 +1015,10 @@ def command(parser: argparse.ArgumentParser, source) -> None:
     import filelock  # comes with torch
 
     args = parser.parse_args()
+    if hasattr(args, "usual_lr"):
+        usual = vars(args).pop("usual_lr")
+        args.lr = usual[args.optimizer] if args.lr is None else args.lr
+    code_version()
     out = pathlib.Path(args.out)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr
@@ -733,9 +1042,12 @@ def command(parser: argparse.ArgumentParser, source) -> None:
         args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was, after its last epoch", file=sys.stderr)
+        print("(with --fresh it starts over)", file=sys.stderr)
         sys.exit(130)
+    except FloatingPointError as error:  # Run.save's
+        sys.exit(str(error))
     except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
-        if not re.search("out of memory|(allocate|not enough) memory", str(error)):
+        if not re.search("out of memory|(allocate|not enough) memory|ALLOC_FAILED", str(error)):
             raise
         sys.exit("out of memory; choose a smaller --batch (video.py: --clips) with --fresh, or --device cpu")
     finally:
@@ -743,8 +1055,8 @@ def command(parser: argparse.ArgumentParser, source) -> None:
 
 
 def main() -> None:
-    description = "print the network, layer by layer"
-    args = argparse.ArgumentParser(description=description, parents=[common_arguments()]).parse_args()
+    description, parents = "print the network, layer by layer", [common_arguments(), encoder_arguments()]
+    args = argparse.ArgumentParser(description=description, parents=parents).parse_args()
     encoder = make_encoder(None, args.patch, args.dim, args.stem)
     for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
         print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
