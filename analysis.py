@@ -329,32 +329,43 @@ def round_ticks(low: float, high: float) -> np.ndarray:
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def chart(title: str, lines: dict[str, list], labels: list | None = None, until: int | None = None) -> Box:
+def chart(
+    title: str,
+    lines: dict[str, list],
+    labels: list | None = None,
+    until: int | None = None,
+    ends: dict[str, float] | None = None,
+) -> Box:
     """Curves over epochs, or over places that have `labels`, with axes and a legend; an empty line is not
-    drawn, but has its colour all the same. until: draw only so many points of each."""
+    drawn, but has its colour all the same. until: draw only so many points of each. ends: the place of each
+    line's last point (seconds, say); its others lie evenly before it."""
     values = [value for line in lines.values() for value in line]
     margin = max(0.05 * (max(values) - min(values)), 0.01 * max(values), 0.001)
-    low, high, end = min(values) - margin, max(values) + margin, max(map(len, lines.values()))
+    low, high = min(values) - margin, max(values) + margin
+    ends = ends or {name: len(line) for name, line in lines.items()}
+    last = max(ends.values())
+    first = 0 if labels is None else 1
     width, height, left, font = 300, 180, 40, ImageFont.load_default(12)
     box = Image.new("RGB", (left + width + 20, height + 30), PAPER)
     draw = ImageDraw.Draw(box)
 
     def at(place: float, value: float) -> tuple[float, float]:
         """Where in the box a point lies."""
-        right = left + width * (place - 1) / max(1, end - 1)
+        right = left + width * (place - first) / max(1, last - first)
         return right, 6 + height * (high - value) / (high - low)
 
     for value in round_ticks(low, high):
-        y = at(1, value)[1]
+        y = at(first, value)[1]
         draw.line([(left, y), (left + width, y)], fill=LIGHT)
         draw.text((left - 6, y), f"{value:g}", fill=GREY, font=font, anchor="rm")
-    for place in round_ticks(0, end):
-        if place >= 1 and place % 1 == 0:
+    for place in round_ticks(first, last):
+        if place >= first and place % 1 == 0:
             label = labels[int(place) - 1] if labels else f"{place:g}"
             draw.text((at(place, low)[0], height + 12), label, fill=GREY, font=font, anchor="ma")
     legend = []
     for (name, line), ink in zip(lines.items(), COLOURS):
-        points = [at(k + 1, value) for k, value in enumerate(line)][:until]
+        places = [ends[name] * (k + 1) / len(line) for k in range(len(line))]
+        points = [at(place, value) for place, value in zip(places, line)][:until]
         if points:
             draw.line(points, fill=ink, width=2)
             x, y = points[-1]
@@ -545,6 +556,24 @@ def draw_curves(args: argparse.Namespace):
     return "Learning curves", caption, grid([boxes[k : k + 2] for k in range(0, len(boxes), 2)], 28, x=0)
 
 
+def draw_optimizers(args: argparse.Namespace):
+    """What the optimiser brings: the same training by AdamW and by Muon, by epochs and by seconds."""
+    pairs = {"infonce": ("match", "InfoNCE, partner found (%)")}
+    pairs |= {"finetune_scratch": ("validation", "from scratch, accuracy, validation (%)")}
+    pairs |= {"finetune": ("validation", "fine-tuning, accuracy, validation (%)")}
+    rows = []
+    for run, (metric, title) in pairs.items():
+        lines, seconds = {}, {}
+        for optimizer, name in {"Muon": run, "AdamW": f"{run}_adamw"}.items():
+            lines[optimizer] = history_of(args, name).get(metric, [])
+            seconds[optimizer] = vit.read_checkpoint(pathlib.Path(args.out) / f"{name}.pt")["seconds"]
+        rows.append([chart(f"{title}, by epoch", lines), chart("the same, by seconds", lines, ends=seconds)])
+    caption = """The same training by two optimisers, each at its own best learning rate (results/tuning.md). At
+    the left by epochs; at the right by seconds on this run's machine: a step of Muon takes a little longer.
+    Partner found: in training; accuracy: on held-out images."""
+    return "What does the optimiser bring?", caption, grid(rows, 28, x=0)
+
+
 def draw_classes(args: argparse.Namespace):
     """Confusion matrix and accuracy per class of the fine-tuned model."""
     stored, names = np.load(vit.arrays_path(args, "finetune")), data.source(args.data).classes
@@ -679,6 +708,7 @@ def draw_controls(args: argparse.Namespace):
     return f"Does the caption help, or merely answer? Captions by {name}", caption, grid(lines, 10, x=0)
 
 
+OPTIMIZED = [f"{run}{by}" for run in ("infonce", "finetune_scratch", "finetune") for by in ("", "_adamw")]
 # what is drawn, and from what: checkpoints (.pt), arrays (.npz) and rows; {who}: whose captions
 FIGURES = {
     "patches": (draw_patches, []),
@@ -687,6 +717,7 @@ FIGURES = {
     "tokens": (draw_tokens, ["maps.npz"]),
     "cka": (draw_cka, ["cka.npz", "cka_before", "cka_after"]),
     "curves": (draw_curves, ["m.pt"]),
+    "optimizers": (draw_optimizers, [f"{name}.pt" for name in OPTIMIZED]),
     "classes": (draw_classes, ["finetune.npz"]),
     "clips": (draw_clips, ["video_encoder_1.npz"]),
     "video": (draw_video, ["video_encoder_1"]),
@@ -833,7 +864,10 @@ TABLE = {
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
     "m_joint_probe": ("linear probe after Model M with InfoNCE", "infonce_longer_probe", "infonce_probe"),
     "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
+    "infonce_adamw_probe": ("linear probe after InfoNCE by AdamW instead of Muon", "untrained_probe"),
     "finetune_scratch": ("trained on labels from scratch",),
+    "finetune_scratch_adamw": ("trained on labels from scratch by AdamW instead of Muon", "finetune_scratch"),
+    "finetune_adamw": ("fine-tuned after Model M with InfoNCE, by AdamW instead of Muon", "finetune"),
     "finetune_infonce_longer": ("fine-tuned after InfoNCE, as long as m_joint", "finetune_scratch"),
     "finetune": ("fine-tuned after Model M with InfoNCE", "finetune_infonce_longer", "finetune_scratch"),
     "video_encoder_1": ("video, factorised encoder, one block", "finetune"),
@@ -845,7 +879,8 @@ TABLE = {
     "video_report_1": ("video, the report's training, one block",),
     "video_report_1_probe": ("linear probe of its image encoder", "m_joint_probe"),
     "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
-    "video_random": ("video, 10 clips a step instead of 1, 10 times the learning rate", "video_report_1"),
+    "video_muon": ("video, the report's clips, by Muon instead of AdamW", "video_report_1"),
+    "video_random": ("video, and 10 clips a step instead of 1, 10 times the learning rate", "video_muon"),
     "video_balanced": ("video, and every class once a step", "video_random"),
     "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
     **language_rows("tiny"),

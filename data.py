@@ -1,9 +1,10 @@
-"""From disk to a batch on the device: CIFAR-10, augmentation, patch masking and rotation, samplers.
+"""From disk to a batch on the device: augmentation, patch masking and rotation, samplers, CIFAR-10.
 
-Part 1, data on disk:    download, unpack, check, load; the synthetic stand-in
-Part 2, augmentation:    crop and flip; SimCLR's random-resized crop and colours; CutMix
-Part 3, patches:         patchify, unpatchify, patch_augment (Model M's task)
-Part 4, batches:         shuffled batches, SameClassBatchSampler
+Part 1, augmentation:               crop and flip; SimCLR's random-resized crop and colours; CutMix
+Part 2, patches:                    patchify, unpatchify, patch_augment (Model M's task)
+Part 3, batches:                    shuffled batches, SameClassBatchSampler
+Part 4, which images:               load, source (the one place to change for other images)
+Part 5, disk and network (may be skipped):   download, unpack, check; the synthetic stand-in
 
 The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor
 operations on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
@@ -39,228 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-# the binary version: labels and pixels, no pickle
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-SIZE = 170_052_171
-SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-FOLDER = "cifar-10-batches-bin"
-TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
-FILES = [*TRAIN_FILES, "test_batch.bin"]
-RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue plane
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
-
-# ---------------------------------------------------------------- Part 1: data on disk
-
-
-def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
-    """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all.
-
-    Raises SystemExit with one sentence: no network, no space, a wrong checksum.
-    """
-    archive, part = folder / "cifar-10-binary.tar.gz.part", folder / (FOLDER + ".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        download(url, archive, size)
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if digest != sha256:
-            archive.unlink()
-            sys.exit(f"{url} gave a file with the wrong SHA-256, {digest[:12]}...; it was deleted, try again")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        with tarfile.open(archive, "r:gz") as tar:
-            # only the six names we know, written under names we choose: no path in it is trusted
-            for name in FILES:
-                (part / name).write_bytes(tar.extractfile(f"{FOLDER}/{name}").read())
-        (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
-        os.replace(part, folder / FOLDER)
-        archive.unlink()
-    except OSError as error:  # the disk: network errors are dealt with in `download`
-        sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror or error}; 350 MB must be free there")
-
-
-def download(url: str, path: pathlib.Path, size: int) -> None:
-    """Append what is missing of `url` to `path`; a broken download goes on where it broke, now or next time.
-
-    It is tried again as long as each try brings something: without a network the answer comes in seconds.
-    Raises SystemExit with one sentence where the network fails, OSError where the disk does.
-    """
-    have, before = path.stat().st_size if path.exists() else 0, -1
-    while before < have < size:
-        before = have
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        reason = "the connection broke"
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
-                if response.status != 206:  # this server can't start in the middle: it sends everything
-                    file.truncate(0)
-                start, begun = file.tell(), time.perf_counter()
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    have = file.tell()
-                    left = (size - have) * (time.perf_counter() - begun) / (have - start)
-                    print(f"\r{have // 10**6} of {size // 10**6} MB, {left:.0f} s left  ", end="", flush=True)
-        except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-                raise  # the disk is full, the quota spent, the folder another's
-            reason = getattr(error, "reason", error)
-        time.sleep(1)  # a network that broke needs a moment
-    print()
-    if have < size:
-        advice = "go online and type the same command"
-        if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
-            advice = "run the `Install Certificates` that came with your Python, or check the clock"
-        sys.exit(f"can't download {url}: {reason}; {advice}, or say --data synthetic for drawn shapes")
-
-
-def find(data: str) -> pathlib.Path:
-    """The folder of .bin files for --data, which may name it, whatever it is called, or its parent."""
-    path = pathlib.Path(data)
-    if path.name == FOLDER or any((path / name).exists() for name in FILES):
-        return path
-    if not (path / FOLDER).exists() and (path / "cifar-10-batches-py").exists():
-        sys.exit(f"{path} holds pickles, which can run code; `python data.py --data data` fetches .bin files")
-    return path / FOLDER
-
-
-def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order.
-
-    Raises SystemExit with one sentence where a file is missing or damaged.
-    """
-    advice = f"`python data.py --data {folder.parent}` fetches CIFAR-10, --data synthetic draws shapes"
-    if not folder.exists():
-        sys.exit(f"there is no folder {folder}; {advice}")
-    records = []
-    for path in [folder / name for name in names]:
-        if not path.exists() or path.stat().st_size != 10_000 * RECORD:
-            sys.exit(f"{path} is missing or damaged; delete {folder}, then {advice}")
-        records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
-    records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
-    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
-
-
-class Source(NamedTuple):
-    """A data set: how `load` reads it, and what tables and figures call it."""
-
-    name: str
-    classes: list[str]  # by label
-    provenance: str  # in one line: where the pixels come from
-    read: Callable  # split, limit -> images uint8 [n, 3, 32, 32], labels int64 [n]
-
-
-def source(data: str) -> Source:
-    """What --data names, a folder or the word "synthetic": the one place to change for other images."""
-    if data == "synthetic":
-        return Source("synthetic", SHAPES, "SYNTHETIC shapes drawn by data.py, not CIFAR-10", read_synthetic)
-    folder = find(data)
-    return Source("cifar10", CLASSES, provenance(folder), functools.partial(read_cifar10, folder))
-
-
-def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None):
-    """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
-
-    train       45,000 images
-    validation   5,000, held out of the official training set, always the same: choose with these
-    test        10,000, the official test set: for the final number only
-
-    `data`: see `source`; `limit` keeps so many images (None: all). Raises ValueError for another split.
-    """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"split must be train, validation or test, not {split!r}")
-    images, labels = source(data).read(split, limit)
-    return images[:limit].to(device), labels[:limit].to(device)
-
-
-def fingerprint(images: Tensor, labels: Tensor) -> str:
-    """A short hash of images and labels, in their order: what was made of other images is told by it."""
-    pixels, classes = images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes()
-    return hashlib.sha256(pixels + classes).hexdigest()[:12]
-
-
-def image_keys(images: Tensor) -> list[str]:
-    """A short hash of each image's pixels, by which it is known again in any order: [n, 3, S, S] -> n
-    keys."""
-    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images.cpu().numpy()]
-
-
-def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
-    """One split of the .bin files in `folder`, as `load`."""
-    if split == "test":
-        return read_batches(folder, ["test_batch.bin"])
-    images, labels = read_batches(folder, TRAIN_FILES)
-    order = torch.randperm(50_000, generator=Generator().manual_seed(0))
-    part = {"train": order[:45_000], "validation": order[45_000:]}[split]
-    return images[part], labels[part]
-
-
-def read_synthetic(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
-    """One split of drawn shapes, as `load`."""
-    size, seed = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
-    number = min(limit or size, size)
-    # drawn 5,000 at a time to keep memory small
-    parts = [synthetic(min(number, 5_000), seed + k) for k in range(math.ceil(number / 5_000))]
-    images, labels = zip(*parts)
-    return torch.cat(images), torch.cat(labels)
-
-
-def provenance(folder: pathlib.Path) -> str:
-    """Where the images in `folder` come from: its provenance.txt, by `fetch` or by hand, as one line."""
-    note = folder / "provenance.txt"
-    if not note.exists():
-        return "CIFAR-10 files found on disk, origin not known"
-    raw = note.read_bytes()
-    utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
-    return " ".join(raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").split())
-
-
-def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
-
-    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and
-    noise have nothing to do with the class, so pixel values alone say little about it.
-    """
-    g = Generator().manual_seed(seed)
-
-    def draw(low: float, high: float, *shape: int) -> Tensor:
-        """Uniform numbers for every image: [n, *shape]."""
-        return low + (high - low) * torch.rand(number, *shape, generator=g)
-
-    labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
-    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]
-    angle, scale = draw(-math.pi, math.pi, 1, 1), draw(0.4, 0.8, 1, 1)
-    dx, dy = x - draw(-0.35, 0.35, 1, 1), y - draw(-0.35, 0.35, 1, 1)  # [n, S, S]
-    u = (dx * angle.cos() + dy * angle.sin()) / scale
-    v = (dy * angle.cos() - dx * angle.sin()) / scale
-    r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
-    petal = 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u))
-    inside = [
-        r < 0.9,  # disc
-        (r < 1) & (r > 0.6),  # ring
-        box < 0.8,  # square
-        (box < 0.9) & (box > 0.55),  # frame
-        (v < 0.6) & (v > 1.9 * u.abs() - 1),  # triangle
-        (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28),  # cross
-        r < petal,  # star
-        (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5),  # crescent
-        (box < 0.9) & (torch.sin(9 * u) > 0),  # bars
-        (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0),  # checkers
-    ]
-    mask = torch.zeros(number, size, size)  # [n, S, S]
-    for k, shape in enumerate(inside):
-        mask[labels == k] = shape[labels == k].float()
-    # background: a slope between two colours, plus a blob that is no shape of any class
-    colours = draw(0, 1, 4, 3, 1, 1)  # [n, 4, 3, 1, 1]
-    slope = (draw(-0.5, 0.5, 1, 1) * x + draw(-0.5, 0.5, 1, 1) * y + 0.5)[:, None]  # [n, 1, S, S]
-    blob = torch.exp(-(((x - draw(-1, 1, 1, 1)) ** 2 + (y - draw(-1, 1, 1, 1)) ** 2) / 0.15))[:, None]
-    image = colours[:, 0] * slope + colours[:, 1] * (1 - slope)
-    image = image + blob * (colours[:, 3] - image) * 0.8
-    image = image + mask[:, None] * (colours[:, 2] - image)  # [n, 3, S, S]
-    image += draw(0.02, 0.15, 1, 1, 1) * torch.randn(image.shape, generator=g)
-    return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
-
-
-# ---------------------------------------------------------------- Part 2: augmentation
+# ---------------------------------------------------------------- Part 1: augmentation
 # Every function works on a whole batch and draws from one generator.
 
 
@@ -289,7 +69,8 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) 
 def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
     """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored.
 
-    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A)
+    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A,
+    which crops down to 0.08 of the area; from 32 pixels that leaves 9, hence 0.2 here.)
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
@@ -304,27 +85,35 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     return F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
 
 
-def colour_jitter(images: Tensor, generator: Generator | None = None, strength: float = 1.0) -> Tensor:
+def colour_jitter(images: Tensor, generator: Generator | None = None, strength: float = 0.5) -> Tensor:
     """SimCLR's distortion of brightness, contrast, saturation and hue (Chen et al. 2020, appendix A).
 
-    images: float [B, 3, S, S] in [0, 1] -> the same. All but contrast are 3x3 matrices on a pixel's colour,
-    so they are multiplied into one matrix per image: in YIQ (brightness and two colour axes) hue turns the
-    colour axes and saturation scales them. 80 % of the images are distorted, 20 % made grey. A `strength` of
-    1 is the paper's 0.5, its choice for CIFAR-10.
+    images: float [B, 3, S, S] in [0, 1] -> the same. `strength` is the paper's; 0.5 is its choice for
+    CIFAR-10 (appendix B.9), as are the 80 % of images that are distorted and the 20 % made grey. Without it
+    two crops of an image would be told by their colours alone, and nothing else would be learned (section
+    3.2).
+
+    All but contrast are linear in a pixel's colour, so each image gets one 3x3 matrix. In YIQ a colour is its
+    brightness Y and a point (I, Q) of the colour plane; saturation scales that point, hue turns it.
     """
-    change = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
-    grey = uniform(images, 0, 1, generator) < 0.2
-    s = 0.4 * strength
-    brightness, contrast, saturation = (1 + change * uniform(images, -s, s, generator) for _ in range(3))
+    distorted = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
+    grey = uniform(images, 0, 1, generator) < 0.2  # [B]
+    most = 0.8 * strength
+    brightness = 1 + distorted * uniform(images, -most, most, generator)  # [B]
+    contrast = 1 + distorted * uniform(images, -most, most, generator)  # [B]
+    saturation = 1 + distorted * uniform(images, -most, most, generator)  # [B]
     saturation = torch.where(grey, 0.0, saturation)
-    hue = change * uniform(images, -0.1 * strength, 0.1 * strength, generator) * 2 * math.pi
-    zero, cos, sin = torch.zeros_like(hue), saturation * hue.cos(), saturation * hue.sin()
-    # [B, 3, 3] in YIQ
-    rotation = torch.stack([zero + 1, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
+    turn = 0.2 * strength  # of a whole turn
+    hue = 2 * math.pi * distorted * uniform(images, -turn, turn, generator)  # [B], radians
+
+    cos, sin = saturation * hue.cos(), saturation * hue.sin()  # [B]
+    zero, one = torch.zeros_like(hue), torch.ones_like(hue)
+    rows = [one, zero, zero, zero, cos, -sin, zero, sin, cos]
+    in_yiq = brightness[:, None, None] * torch.stack(rows, dim=1).view(-1, 3, 3)  # [B, 3, 3]
     to_yiq, from_yiq = yiq(images.device)
-    matrix = from_yiq @ (rotation * brightness[:, None, None]) @ to_yiq  # [B, 3, 3] in RGB
-    images = (matrix @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    in_rgb = from_yiq @ in_yiq @ to_yiq  # [B, 3, 3]
+    images = (in_rgb @ images.flatten(2)).view_as(images)  # [B, 3, S*S] -> [B, 3, S, S]
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
     return (mean + contrast[:, None, None, None] * (images - mean)).clamp(0, 1)
 
 
@@ -372,7 +161,7 @@ def cutmix_accuracy(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor)
     return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
 
-# ---------------------------------------------------------------- Part 3: patches
+# ---------------------------------------------------------------- Part 2: patches
 
 
 def patchify(images: Tensor, patch: int = 8) -> Tensor:
@@ -440,7 +229,7 @@ def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, m
     return unpatchify(x), mask_at, turn_at, angle
 
 
-# ---------------------------------------------------------------- Part 4: batches
+# ---------------------------------------------------------------- Part 3: batches
 
 
 def shuffled_batches(number: int, batch: int, generator: Generator):
@@ -456,10 +245,11 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         DataLoader(dataset, batch_sampler=sampler)      # or, with everything on the device:
         for index in sampler: frames = images[index]
 
-    labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each class
-    and then the order of the batches, by (seed, epoch); call `set_epoch` before each. No index comes twice in
-    an epoch; of each class a rest smaller than `batch` is dropped, another one each epoch. Raises ValueError
-    when a class has fewer than `batch` images.
+    labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each
+    class and then the order of the batches, by (seed, epoch). Iterating begins the next epoch by itself; who
+    resumes says with `set_epoch` which one is next. No index comes twice in an epoch; of each class a rest
+    smaller than `batch` is dropped, another one each epoch. Raises ValueError when a class has fewer than
+    `batch` images.
     """
 
     drop_last = True  # this and batch_size: as Accelerate and others read them
@@ -474,7 +264,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         self.batch, self.batch_size, self.seed, self.epoch = batch, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of this epoch, as torch's DistributedSampler does."""
+        """Choose the next epoch's shuffle, as torch's DistributedSampler does."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -482,12 +272,252 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        self.epoch += 1
         batches = []
         for m in self.members:
             m = m[torch.randperm(len(m), generator=g)]
             batches += m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist()
         for i in torch.randperm(len(batches), generator=g).tolist():
             yield batches[i]
+
+
+# ---------------------------------------------------------------- Part 4: which images
+
+
+class Source(NamedTuple):
+    """A data set: how `load` reads it, and what tables and figures call it."""
+
+    name: str
+    classes: list[str]  # by label
+    provenance: str  # in one line: where the pixels come from
+    read: Callable  # split, limit -> images uint8 [n, 3, 32, 32], labels int64 [n]
+
+
+def source(data: str) -> Source:
+    """What --data names, a folder or the word "synthetic": the one place to change for other images."""
+    if data == "synthetic":
+        return Source("synthetic", SHAPES, "SYNTHETIC shapes drawn by data.py, not CIFAR-10", read_synthetic)
+    folder = find(data)
+    return Source("cifar10", CLASSES, provenance(folder), functools.partial(read_cifar10, folder))
+
+
+def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None):
+    """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
+
+    train       45,000 images
+    validation   5,000, held out of the official training set, always the same: choose with these
+    test        10,000, the official test set: for the final number only
+
+    `data`: see `source`; `limit` keeps so many images (None: all). Raises ValueError for another split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split must be train, validation or test, not {split!r}")
+    images, labels = source(data).read(split, limit)
+    return images.to(device), labels.to(device)
+
+
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """A short hash of images and labels, in their order: what was made of other images is told by it."""
+    pixels, classes = images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes()
+    return hashlib.sha256(pixels + classes).hexdigest()[:12]
+
+
+def image_keys(images: Tensor) -> list[str]:
+    """A short hash of each image's pixels, by which it is known again in any order: [n, 3, S, S] -> n
+    keys."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images.cpu().numpy()]
+
+
+# ---------------------------------------------------------------- Part 5: disk and network
+# Nothing below is about learning: CIFAR-10 from the network and from its files; shapes drawn in its place.
+
+# the binary version: labels and pixels, no pickle
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+SIZE = 170_052_171
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+FOLDER = "cifar-10-batches-bin"
+TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
+FILES = [*TRAIN_FILES, "test_batch.bin"]
+RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue plane
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
+
+
+def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
+    """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all.
+
+    Raises SystemExit with one sentence: no network, no space, a wrong checksum.
+    """
+    archive, part = folder / "cifar-10-binary.tar.gz.part", folder / (FOLDER + ".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        download(url, archive, size)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != sha256:
+            archive.unlink()
+            sys.exit(f"{url} gave a file with the wrong SHA-256, {digest[:12]}...; it was deleted, try again")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        with tarfile.open(archive, "r:gz") as tar:
+            # only the six names we know, written under names we choose: no path in it is trusted
+            for name in FILES:
+                (part / name).write_bytes(tar.extractfile(f"{FOLDER}/{name}").read())
+        (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
+        os.replace(part, folder / FOLDER)
+        archive.unlink()
+    except OSError as error:  # the disk: network errors are dealt with in `download`
+        sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror or error}; 350 MB must be free there")
+
+
+NO_NETWORK = 3  # exit code: run_all.sh then goes on with drawn shapes, but after no other failure
+
+
+def download(url: str, path: pathlib.Path, size: int) -> None:
+    """Append what is missing of `url` to `path`; a broken download goes on where it broke, now or next time.
+
+    It is tried again as long as each try brings something: without a network the answer comes in seconds.
+    Where the network fails, one sentence and the exit code NO_NETWORK; OSError where the disk does.
+    """
+    have, before = path.stat().st_size if path.exists() else 0, -1
+    while before < have < size:
+        before = have
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        reason = "the connection broke"
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
+                partial = response.status == 206
+                whole = response.headers["Content-Range"].rpartition("/")[2] if partial else response.length
+                if str(whole) != str(size):
+                    reason = "what comes is something else (a login page?)"
+                    break
+                if not partial:  # this server can't start in the middle: it sends everything
+                    file.seek(0)
+                    file.truncate()
+                start, begun = file.tell(), time.perf_counter()
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    have = file.tell()
+                    left = (size - have) * (time.perf_counter() - begun) / (have - start)
+                    print(f"\r{have // 10**6} of {size // 10**6} MB, {left:.0f} s left  ", end="", flush=True)
+        except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise  # the disk is full, the quota spent, the folder another's
+            reason = getattr(error, "reason", error)
+        time.sleep(1)  # a network that broke needs a moment
+    print()
+    if have < size:
+        advice = "go online and type the same command"
+        if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
+            advice = "run the `Install Certificates` that came with your Python, or check the clock"
+        why = f"can't download {url}: {reason}; {advice}, or say --data synthetic for drawn shapes"
+        print(why, file=sys.stderr)
+        sys.exit(NO_NETWORK)
+
+
+def find(data: str) -> pathlib.Path:
+    """The folder of .bin files for --data, which may name it, whatever it is called, or its parent."""
+    path = pathlib.Path(data)
+    if path.name == FOLDER or any((path / name).exists() for name in FILES):
+        return path
+    if not (path / FOLDER).exists() and (path / "cifar-10-batches-py").exists():
+        sys.exit(f"{path} holds pickles, which can run code; `python data.py --data data` fetches .bin files")
+    return path / FOLDER
+
+
+def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order.
+
+    Raises SystemExit with one sentence where a file is missing or damaged.
+    """
+    advice = f"`python data.py --data {folder.parent}` fetches CIFAR-10, --data synthetic draws shapes"
+    if not folder.exists():
+        sys.exit(f"there is no folder {folder}; {advice}")
+    records = []
+    for path in [folder / name for name in names]:
+        if not path.exists() or path.stat().st_size != 10_000 * RECORD:
+            sys.exit(f"{path} is missing or damaged; delete {folder}, then {advice}")
+        records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
+    records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
+    if records[:, 0].max() >= len(CLASSES):
+        sys.exit(f"{folder} is damaged: it holds a label above {len(CLASSES) - 1}; delete it, then {advice}")
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+
+
+def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
+    """One split of the .bin files in `folder`, as `load`."""
+    if split == "test":
+        images, labels = read_batches(folder, ["test_batch.bin"])
+        return images[:limit], labels[:limit]
+    images, labels = read_batches(folder, TRAIN_FILES)
+    order = torch.randperm(50_000, generator=Generator().manual_seed(0))
+    part = {"train": order[:45_000], "validation": order[45_000:]}[split][:limit]
+    return images[part], labels[part]
+
+
+def read_synthetic(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
+    """One split of drawn shapes, as `load`."""
+    size, seed = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
+    number = min(limit or size, size)
+    # drawn 5,000 at a time to keep memory small
+    parts = [synthetic(min(number, 5_000), seed + k) for k in range(math.ceil(number / 5_000))]
+    images, labels = zip(*parts)
+    return torch.cat(images), torch.cat(labels)
+
+
+def provenance(folder: pathlib.Path) -> str:
+    """Where the images in `folder` come from: its provenance.txt, by `fetch` or by hand, as one line."""
+    note = folder / "provenance.txt"
+    if not note.exists():
+        return "CIFAR-10 files found on disk, origin not known"
+    raw = note.read_bytes()
+    utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
+    return " ".join(raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").split())
+
+
+def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
+
+    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and
+    noise have nothing to do with the class, so pixel values alone say little about it.
+    """
+    g = Generator().manual_seed(seed)
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        """Uniform numbers for every image: [n, *shape]."""
+        return low + (high - low) * torch.rand(number, *shape, generator=g)
+
+    labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]
+    angle, scale = draw(-math.pi, math.pi, 1, 1), draw(0.4, 0.8, 1, 1)
+    dx, dy = x - draw(-0.35, 0.35, 1, 1), y - draw(-0.35, 0.35, 1, 1)  # [n, S, S]
+    u = (dx * angle.cos() + dy * angle.sin()) / scale
+    v = (dy * angle.cos() - dx * angle.sin()) / scale
+    r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
+    petal = 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u))
+    inside = [
+        r < 0.9,  # disc
+        (r < 1) & (r > 0.6),  # ring
+        box < 0.8,  # square
+        (box < 0.9) & (box > 0.55),  # frame
+        (v < 0.6) & (v > 1.9 * u.abs() - 1),  # triangle
+        (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28),  # cross
+        r < petal,  # star
+        (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5),  # crescent
+        (box < 0.9) & (torch.sin(9 * u) > 0),  # bars
+        (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0),  # checkers
+    ]
+    mask = torch.zeros(number, size, size)  # [n, S, S]
+    for k, shape in enumerate(inside):
+        mask[labels == k] = shape[labels == k].float()
+    # background: a slope between two colours, plus a blob that is no shape of any class
+    colours = draw(0, 1, 4, 3, 1, 1)  # [n, 4, 3, 1, 1]
+    slope = (draw(-0.5, 0.5, 1, 1) * x + draw(-0.5, 0.5, 1, 1) * y + 0.5)[:, None]  # [n, 1, S, S]
+    blob = torch.exp(-(((x - draw(-1, 1, 1, 1)) ** 2 + (y - draw(-1, 1, 1, 1)) ** 2) / 0.15))[:, None]
+    image = colours[:, 0] * slope + colours[:, 1] * (1 - slope)
+    image = image + blob * (colours[:, 3] - image) * 0.8
+    image = image + mask[:, None] * (colours[:, 2] - image)  # [n, 3, S, S]
+    image += draw(0.02, 0.15, 1, 1, 1) * torch.randn(image.shape, generator=g)
+    return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
 
 
 def main() -> None:

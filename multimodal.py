@@ -235,6 +235,16 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
         sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
 
+def write_captions(path: pathlib.Path, header: dict, captions: dict[str, str], keys: dict[str, list]) -> None:
+    """The inverse of read_captions, all or nothing. keys: split -> its images' keys, in order."""
+    lines = [header]
+    for split, of_split in keys.items():
+        for index, key in enumerate(of_split):
+            if key in captions:
+                lines.append({"image": key, "split": split, "index": index, "caption": captions[key]})
+    vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
 def captions_of(captions: dict[str, str], images: Tensor, split: str, path: str) -> list[str]:
     """The caption of each of a split's images. SystemExit where an image has none."""
     keys = data.image_keys(images)
@@ -309,15 +319,6 @@ def caption(args: argparse.Namespace) -> None:
         before, captions = read_captions(path)
         vit.refuse_other_settings(path, before, header)
 
-    def write() -> None:
-        """Write what there is, all or nothing."""
-        lines = [header]
-        for split in SPLITS:
-            for index, key in enumerate(keys[split]):
-                if key in captions:
-                    lines.append({"image": key, "split": split, "index": index, "caption": captions[key]})
-        vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
     load = functools.cache(load_blip)  # once each, when it is needed
     saved = time.perf_counter()
     for split in SPLITS:
@@ -332,10 +333,10 @@ def caption(args: argparse.Namespace) -> None:
                 captions |= {keys[split][i]: text for i, text in zip(index, found)}
                 progress.advance(len(index))
                 if time.perf_counter() - saved > 10:  # seconds: no accident costs more
-                    write()
+                    write_captions(path, header, captions, keys)
                     saved = time.perf_counter()
         if left:
-            write()
+            write_captions(path, header, captions, keys)
 
     row = {"captioner": args.captioner, "model": header["model"], "weights": vit.hash_of_files(path)}
     row["images"] = data.fingerprint(images[args.split], labels[args.split])

@@ -38,10 +38,18 @@ done
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- set-up: an environment that has the requirements
-has_all() { "$1" -m pip install -q --no-index --dry-run -r requirements.txt >/dev/null 2>&1; }  # needs no network
+has_all() {  # without pip, which an environment made by uv has not
+  "$1" -c 'import re
+from importlib.metadata import version
+for line in open("requirements.txt"):
+    name, least = line.strip().split(">=")
+    assert [int(n) for n in re.findall("[0-9]+", version(name))] >= [int(n) for n in least.split(".")]
+' >/dev/null 2>&1
+}
 install() {
   echo "== set-up: installing requirements.txt into $2 (once; several GB)"
-  "$1" -m pip install -q -r requirements.txt || fail "installing requirements.txt failed; the lines above say why"
+  PIP_USER=0 "$1" -m pip install -q -r requirements.txt ||
+    fail "installing requirements.txt failed; the lines above say why"
 }
 system=${PYTHON:-python3}
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && has_all python; then
@@ -66,18 +74,19 @@ SECONDS=0  # what follows is the experiment
 gpu="" default=laptop
 if python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1; then gpu=yes default=full; fi
 profile=${profile:-$default}
-epochs_infonce=1 epochs_m=1 epochs_m_continued=1 epochs_m_joint=1 epochs_finetune=1  # quick
-epochs_video=1 epochs_captioner=1 epochs_fusion=1 warmup=0.2 cutmix=0 cheaper="--frozen 4 --enlarge 40"
-if [ $profile = laptop ]; then
-  epochs_infonce=5 epochs_m=5 epochs_m_continued=2 epochs_m_joint=3 epochs_finetune=8 epochs_video=6 epochs_captioner=4
-elif [ $profile = full ]; then
-  epochs_infonce=20 epochs_m=20 epochs_m_continued=20 epochs_m_joint=20 epochs_finetune=50 epochs_video=25
-  epochs_captioner=25 epochs_fusion=25 warmup=1 cutmix=0.5 cheaper=""  # CutMix pays in long training only
+epochs_infonce=1 epochs_m=1 epochs_continued=1 epochs_finetune=1 epochs_video=1 epochs_captioner=1 epochs_fusion=1  # quick
+cutmix=0 frozen=4 enlarge=40  # a cheaper captioner: frozen blocks, smaller images
+if [ $profile = laptop ]; then  # chosen on validation images: results/tuning.md
+  epochs_infonce=4 epochs_m=3 epochs_continued=2 epochs_finetune=6 epochs_video=4 epochs_captioner=3
+elif [ $profile = full ]; then  # the report's
+  epochs_infonce=20 epochs_m=20 epochs_continued=20 epochs_finetune=50 epochs_video=25 epochs_captioner=25
+  epochs_fusion=25 cutmix=0.5 frozen=0 enlarge=48  # CutMix pays in long training only
 fi
 
 NPROC=${NPROC:-1} train=python clips=python  # what starts the stages that train, and those that train on clips
 if [ $NPROC != 1 ]; then
-  train="torchrun --standalone --nproc_per_node=$NPROC"
+  # by number, as some machines can't look up their own name
+  train="torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=$NPROC"
   [ $((10 % NPROC)) != 0 ] || clips=$train  # 10 clips a step must be shared out evenly
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, os.cpu_count() // $NPROC))")}
 fi
@@ -85,11 +94,11 @@ fi
 if [ "$data" != synthetic ]; then
   printf '\n== the images\n$ python data.py --data %q\n' "$data"
   code=0; python data.py --data "$data" || code=$?
-  if [ $code = 1 ] && [[ "$data" != */cifar-10-batches-bin ]] && [ ! -e "$data/cifar-10-batches-bin" ]; then
-    data=synthetic
-  elif [ $code != 0 ]; then
-    exit $code  # damaged files, which are the user's to look at; Ctrl-C
-  fi
+  case $code in
+    0) ;;
+    3) data=synthetic ;;  # no network
+    *) exit $code ;;  # damaged files, which are the user's to look at; a full disk; Ctrl-C
+  esac
 fi
 [ "$data" = synthetic ] && dataset=synthetic || dataset=cifar10
 warn() {
@@ -113,6 +122,7 @@ except OSError as error: print(f"no locks on this disk ({error.strerror}): do no
 timed=""
 [ -e $out/results.json ] || [ -n "$questions" ] || timed=yes  # from nothing to the end
 common=(--out $out --split test --seed $seed)
+[ -z "$gpu" ] || common+=(--device cuda)  # by name: a GPU that is full for a moment must not mean hours on the CPU
 [ "$data" = data ] || common+=(--data "$data")
 [ $profile != quick ] || common+=(--limit 1000)
 
@@ -123,117 +133,151 @@ stage() {  # stage "heading" command: prints both, runs the command with the opt
 }
 
 # ---------------------------------------------------------------- stage 1: learning from images without labels
-pretrain="$train ssl.py pretrain --task"
-finetune="$train ssl.py finetune --cutmix $cutmix"
-probe="python ssl.py probe --checkpoint"
-stage "InfoNCE: two views of one image look alike" $pretrain infonce --epochs $epochs_infonce --keep-epochs
-stage "Model M: name the angle, repaint the patches" $pretrain m --epochs $epochs_m
-joint="--init $out/infonce.pt --contrast 1 --name m_joint"
-stage "Model M continued, InfoNCE beside it" $pretrain m $joint --epochs $epochs_m_joint --keep-epochs
-stage "linear probes; controls: raw pixels, an untrained ViT" $probe pixels untrained $out/{infonce,m,m_joint}.pt
-stage "fine-tuning on labels" $finetune --checkpoint $out/m_joint.pt --epochs $epochs_finetune --keep-epochs
+stage "InfoNCE: two views of one image look alike" \
+  $train ssl.py pretrain --task infonce --epochs $epochs_infonce --keep-epochs
+stage "Model M: name the angle, repaint the patches" \
+  $train ssl.py pretrain --task m --epochs $epochs_m
+stage "Model M continued, InfoNCE beside it" \
+  $train ssl.py pretrain --task m --contrast 1 --init $out/infonce.pt --epochs $epochs_continued --name m_joint --keep-epochs
+stage "linear probes; controls: raw pixels, an untrained ViT" \
+  python ssl.py probe --checkpoint pixels untrained $out/{infonce,m,m_joint}.pt
+stage "fine-tuning on labels" \
+  $train ssl.py finetune --checkpoint $out/m_joint.pt --epochs $epochs_finetune --cutmix $cutmix --keep-epochs
 if [ $profile = full ] || [ -n "$questions" ]; then
-  again="--init $out/infonce.pt --name"  # InfoNCE continued: by itself as long as m_joint, or by Model M alone
-  stage "control: InfoNCE, longer" $pretrain infonce $again infonce_longer --epochs $epochs_m_joint
-  stage "its linear probe" $probe $out/infonce_longer.pt
-  longer="--checkpoint $out/infonce_longer.pt --epochs $epochs_finetune --name finetune_infonce_longer"
-  stage "fine-tuning from it" $finetune $longer
-  stage "Model M continued from InfoNCE" $pretrain m $again m_infonce --epochs $epochs_m_continued
-  stage "its linear probe" $probe $out/m_infonce.pt
-fi
-if [ $profile = full ]; then  # costs as much again
-  stage "control: the same training from scratch" $finetune --epochs $epochs_finetune
+  # InfoNCE continued: by itself as long as m_joint, or by Model M alone, as the report's Model M was
+  stage "control: InfoNCE, longer" \
+    $train ssl.py pretrain --task infonce --init $out/infonce.pt --epochs $epochs_continued --name infonce_longer
+  stage "its linear probe" python ssl.py probe --checkpoint $out/infonce_longer.pt
+  stage "fine-tuning from it" $train ssl.py finetune --checkpoint $out/infonce_longer.pt \
+    --epochs $epochs_finetune --cutmix $cutmix --name finetune_infonce_longer
+  stage "Model M continued from InfoNCE" \
+    $train ssl.py pretrain --task m --init $out/infonce.pt --epochs $epochs_continued --name m_infonce
+  stage "its linear probe" python ssl.py probe --checkpoint $out/m_infonce.pt
+  stage "control: the same training from scratch" $train ssl.py finetune --epochs $epochs_finetune --cutmix $cutmix
 fi
 
 # ---------------------------------------------------------------- stage 2: pseudo-videos
-video="video.py --epochs $epochs_video --checkpoint $out/m_joint.pt"
-# the report says: one clip a step, no loss but the clip's; the rest (learning rate, augmentation, smoothing) it leaves
-# open, and its start is another Model M
-report_clips="--frame-loss 0 --no-repeats --no-balanced"
 train_as_the_report() {
-  local once="python $video $report_clips --clips 1 --lr 1e-4"
-  stage "the report's training: one clip a step" $once --blocks 1 --name video_report_1
-  stage "the report's training, two blocks" $once --blocks 2 --name video_report_2
-  stage "its image encoder, probed" $probe $out/video_report_1.pt
+  # the report says: one clip a step, no loss but the clip's; the rest (optimiser, learning rate, augmentation,
+  # smoothing) it leaves open, and its start is another Model M. AdamW is the likeliest guess
+  for blocks in 1 2; do
+    stage "the report's training: one clip a step; temporal blocks: $blocks" \
+      python video.py --checkpoint $out/m_joint.pt --blocks $blocks --clips 1 --frame-loss 0 --no-repeats --no-balanced \
+      --optimizer adamw --lr 1e-4 --epochs $epochs_video --name video_report_$blocks
+  done
+  stage "the image encoder of the first, probed" python ssl.py probe --checkpoint $out/video_report_1.pt
 }
-stage "factorised encoder, one temporal block" $clips $video --model encoder --blocks 1 --cutmix $cutmix
-stage "factorised encoder, two temporal blocks" $clips $video --model encoder --blocks 2 --cutmix $cutmix
-stage "the image encoder of the first, probed" $probe $out/video_encoder_1.pt
+stage "factorised encoder, one temporal block" \
+  $clips video.py --checkpoint $out/m_joint.pt --model encoder --blocks 1 --epochs $epochs_video --cutmix $cutmix
+stage "factorised encoder, two temporal blocks" \
+  $clips video.py --checkpoint $out/m_joint.pt --model encoder --blocks 2 --epochs $epochs_video --cutmix $cutmix
+stage "the image encoder of the first, probed" python ssl.py probe --checkpoint $out/video_encoder_1.pt
 if [ $profile = full ]; then  # hours, without a GPU
-  stage "factorised self-attention, one block" $clips $video --model divided --blocks 1 --cutmix $cutmix
-  stage "factorised self-attention, two blocks" $clips $video --model divided --blocks 2 --cutmix $cutmix
-  stage "control: without temporal positions" $clips $video --no-positions --name video_unordered --cutmix $cutmix
+  stage "factorised self-attention, one block" \
+    $clips video.py --checkpoint $out/m_joint.pt --model divided --blocks 1 --epochs $epochs_video --cutmix $cutmix
+  stage "factorised self-attention, two blocks" \
+    $clips video.py --checkpoint $out/m_joint.pt --model divided --blocks 2 --epochs $epochs_video --cutmix $cutmix
+  stage "control: without temporal positions" \
+    $clips video.py --checkpoint $out/m_joint.pt --no-positions --epochs $epochs_video --cutmix $cutmix --name video_unordered
   train_as_the_report
 fi
 
 # ---------------------------------------------------------------- stage 3: language
-captions_by() { stage "a caption for every image" python multimodal.py caption --captioner $1; }
 captioner=blip
-if [ -e $out/captions_blip.jsonl ]; then  # begun here, or brought from another machine
-  captions_by blip
-elif [ -z "$gpu" ] || ! captions_by blip; then  # without a GPU BLIP would take a night
-  captioner=tiny
+if [ ! -e $out/captions_blip.jsonl ] && [ -z "$gpu" ]; then  # neither begun here, nor brought from another machine
+  captioner=tiny  # without a GPU BLIP would take a night
+else
+  code=0; stage "a caption for every image" python multimodal.py caption --captioner blip || code=$?
+  case $code in
+    0) ;;
+    3) captioner=tiny ;;  # BLIP can't be had; every other failure is one
+    *) exit $code ;;
+  esac
+fi
+if [ $captioner = tiny ]; then
   stage "a small BLIP for each fold, a small CLIP, as the real ones can't be had here" \
-    $train multimodal.py tiny --checkpoint $out/m_joint.pt --epochs $epochs_captioner $cheaper
-  captions_by tiny
+    $train multimodal.py tiny --checkpoint $out/m_joint.pt --epochs $epochs_captioner --frozen $frozen --enlarge $enlarge
+  stage "a caption for every image" python multimodal.py caption --captioner tiny
 fi
 captions=$out/captions_$captioner.jsonl
-embed="python multimodal.py embed --captions"
-fuse="$train multimodal.py fuse --epochs $epochs_fusion --warmup $warmup --cutmix $cutmix --captions"
-stage "CLIP embeddings of the captions" $embed $captions
-stage "fusion: the image asks, the caption answers; controls" $fuse $captions --control none image_only text_only
-stage "fusion with attention over words" $fuse $captions --text tokens
+stage "CLIP embeddings of the captions" python multimodal.py embed --captions $captions
+stage "fusion: the image asks, the caption answers; controls" $train multimodal.py fuse --captions $captions \
+  --control none image_only text_only --epochs $epochs_fusion --cutmix $cutmix
+stage "fusion with attention over words" $train multimodal.py fuse --captions $captions \
+  --text tokens --epochs $epochs_fusion --cutmix $cutmix
 if [ $profile = full ]; then
-  stage "control: every caption from another image" $fuse $captions --control shuffled
-  stage "fusion on the video model of one block" $fuse $captions --blocks 1
+  stage "control: every caption from another image" $train multimodal.py fuse --captions $captions \
+    --control shuffled --epochs $epochs_fusion --cutmix $cutmix
+  stage "fusion on the video model of one block" $train multimodal.py fuse --captions $captions \
+    --blocks 1 --epochs $epochs_fusion --cutmix $cutmix
 fi
 if [ $profile = full ] && [ $captioner = tiny ]; then  # when a captioner describes images whose labels it has seen
   stage "captions by models that saw the labels" python multimodal.py caption --captioner tiny --seen
-  stage "their embeddings" $embed $out/captions_tiny_seen.jsonl
-  stage "control: fusion trained on them" $fuse $out/captions_tiny_seen.jsonl
+  stage "their embeddings" python multimodal.py embed --captions $out/captions_tiny_seen.jsonl
+  stage "control: fusion trained on them" $train multimodal.py fuse --captions $out/captions_tiny_seen.jsonl \
+    --epochs $epochs_fusion --cutmix $cutmix
 fi
 
 # ---------------------------------------------------------------- the questions that the report left open
 if [ -n "$questions" ]; then
+  # what does the optimiser bring? (its other half is above: infonce, finetune, finetune_scratch)
+  stage "InfoNCE by AdamW" \
+    $train ssl.py pretrain --task infonce --optimizer adamw --epochs $epochs_infonce --name infonce_adamw
+  stage "its linear probe" python ssl.py probe --checkpoint $out/infonce_adamw.pt
+  stage "fine-tuning by AdamW" $train ssl.py finetune --checkpoint $out/m_joint.pt --optimizer adamw \
+    --epochs $epochs_finetune --cutmix $cutmix --name finetune_adamw
+  stage "from scratch by AdamW" \
+    $train ssl.py finetune --optimizer adamw --epochs $epochs_finetune --cutmix $cutmix --name finetune_scratch_adamw
+
   # does pre-training pay, and with how many labels? (fewer labels get more epochs, but fewer steps)
   few="--labels 0.01 --epochs 50 --batch 32"
   some="--labels 0.1 --epochs 20"
-  stage "from scratch, 1 % of the labels" $finetune $few --name finetune_scratch_1
-  stage "and with 10 %" $finetune $some --name finetune_scratch_10
-  stage "and with all" $finetune --epochs 8
-  stage "all labels, fine-tuning Model M" $finetune --checkpoint $out/m.pt --epochs 8 --name finetune_m
-  stage "all labels, fine-tuning InfoNCE" $finetune --checkpoint $out/infonce.pt --epochs 8 --name finetune_infonce
-  stage "probes, 1 % of the labels" $probe untrained $out/{m,infonce,m_joint}.pt --labels 0.01
-  stage "and with 10 %" $probe untrained $out/{m,infonce,m_joint}.pt --labels 0.1
+  stage "from scratch, 1 % of the labels" $train ssl.py finetune $few --cutmix 0 --name finetune_scratch_1
+  stage "and with 10 %" $train ssl.py finetune $some --cutmix 0 --name finetune_scratch_10
   for start in m infonce m_joint; do
-    tune="$finetune --checkpoint $out/$start.pt"
-    stage "fine-tuning $start, 1 % of the labels" $tune $few --name finetune_${start}_1
-    stage "and with 10 %" $tune $some --name finetune_${start}_10
+    stage "fine-tuning $start, 1 % of the labels" \
+      $train ssl.py finetune --checkpoint $out/$start.pt $few --cutmix 0 --name finetune_${start}_1
+    stage "and with 10 %" $train ssl.py finetune --checkpoint $out/$start.pt $some --cutmix 0 --name finetune_${start}_10
+  done
+  for start in m infonce; do
+    stage "fine-tuning $start, all labels" \
+      $train ssl.py finetune --checkpoint $out/$start.pt --epochs $epochs_finetune --cutmix 0 --name finetune_$start
+  done
+  for labels in 0.01 0.1; do
+    stage "probes with that share of the labels: $labels" \
+      python ssl.py probe --checkpoint untrained $out/{m,infonce,m_joint}.pt --labels $labels
   done
 
   # what does each half of Model M's task bring, and does its border betray a turned patch?
-  variants=()
   for task in masking_0 rotation_0 rotation_1 both_1 image-rotation_0 image-rotation_1; do
-    pretext="--pretext ${task%_*} --gap ${task#*_}"
-    stage "Model M, its task changed: $task" $pretrain m $pretext --epochs $epochs_m --name m_$task
-    variants+=($out/m_$task.pt)
+    stage "Model M, its task changed: $task" $train ssl.py pretrain --task m --pretext ${task%_*} --gap ${task#*_} \
+      --epochs $epochs_m --name m_$task
   done
-  stage "their linear probes" $probe "${variants[@]}"
+  stage "their linear probes" \
+    python ssl.py probe --checkpoint $out/m_{masking_0,rotation_0,rotation_1,both_1,image-rotation_0,image-rotation_1}.pt
 
   # is the 8x8 patch the limit?
-  stage "from scratch, a convolution inside each patch" $finetune --epochs 8 --stem --name scratch_stem
-  stage "from scratch, width 192 instead of 128" $finetune --epochs 8 --dim 192 --name scratch_dim192
-  stage "from scratch, 64 patches of 4x4" $finetune --epochs 8 --patch 4 --name scratch_patch4
+  stage "from scratch, a convolution inside each patch" \
+    $train ssl.py finetune --stem --epochs $epochs_finetune --cutmix 0 --name scratch_stem
+  stage "from scratch, width 192 instead of 128" \
+    $train ssl.py finetune --dim 192 --epochs $epochs_finetune --cutmix 0 --name scratch_dim192
+  stage "from scratch, 64 patches of 4x4" \
+    $train ssl.py finetune --patch 4 --epochs $epochs_finetune --cutmix 0 --name scratch_patch4
 
   # one temporal block or two, on the report's clips; and from there to our training (video_encoder_1), step by step
   train_as_the_report
-  stage "ten clips a step" $clips $video $report_clips --name video_random
-  stage "with every class in each step" $clips $video --frame-loss 0 --no-repeats --name video_balanced
-  stage "of 1 to 16 different images" $clips $video --frame-loss 0 --name video_repeats
+  stage "our optimiser" python video.py --checkpoint $out/m_joint.pt --clips 1 --frame-loss 0 --no-repeats --no-balanced \
+    --lr 2e-4 --epochs $epochs_video --name video_muon
+  stage "ten clips a step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats --no-balanced \
+    --epochs $epochs_video --name video_random
+  stage "with every class in each step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats \
+    --epochs $epochs_video --name video_balanced
+  stage "of 1 to 16 different images" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 \
+    --epochs $epochs_video --name video_repeats
 fi
 
 # ---------------------------------------------------------------- what was learned
-maps="python analysis.py maps cka --before $out/m_joint.pt --after $out/finetune.pt"
-stage "where CLS looks, and what attention changes" $maps
+stage "where CLS looks, and what attention changes" \
+  python analysis.py maps cka --before $out/m_joint.pt --after $out/finetune.pt
 stage "pictures, a moving picture, the table" python analysis.py figures movie report ${timed:+--seconds $SECONDS}
 warn

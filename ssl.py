@@ -116,9 +116,9 @@ def paint_loss(painted: Tensor, images: Tensor, masked: Tensor, patch: int) -> T
 
 
 def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine, settings: dict):
-    """Train Model M to tell the angle of turned patches and to repaint blacked-out ones; writes
-    out/NAME.pt."""
+    """Train Model M to name the angle and repaint the blacked-out patches; writes out/NAME.pt."""
     patch, quarter = encoder.config["patch_size"], encoder.patches // 4
+    print(f"of {encoder.patches} patches {quarter} are blacked out, {quarter} others turned")
     model = vit.ModelM(encoder).to(machine.device)
     parallel = vit.data_parallel(model)
     steps = vit.steps_of(len(images), args.batch)
@@ -202,6 +202,7 @@ def pretrain_part(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, ma
     pretext = PRETEXTS[args.pretext]
     to_mask = quarter if pretext["masks"] else 0
     to_turn = quarter if pretext["turns"] and not pretext["whole"] else 0
+    print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {to_turn} others turned")
     model = vit.ModelM(encoder).to(machine.device)
     model.rotation_head.requires_grad_(pretext["turns"])
     model.reconstruction_head.requires_grad_(pretext["masks"])
@@ -225,20 +226,19 @@ def pretrain_part(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, ma
             masked, angle = vit.share(masked), vit.share(angle)  # [B, M], [B]
             with run.machine.autocast():
                 logits, painted = parallel(x, masked)  # [B, 4], [B, M, 3*P*P]
-            losses = {}
+            loss, metrics = 0, {}
             if pretext["turns"]:
-                losses["angle_loss"] = F.cross_entropy(logits.float(), angle)
+                loss = loss + F.cross_entropy(logits.float(), angle)
+                metrics["angle"] = (logits.argmax(1) == angle).float().mean()
             if pretext["masks"]:
-                losses["mse"] = paint_loss(painted, target, masked, patch)
-            loss = sum(losses.values())
+                metrics["mse"] = paint_loss(painted, target, masked, patch)
+                loss = loss + metrics["mse"]
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if pretext["turns"]:
-                losses["angle"] = (logits.argmax(1) == angle).float().mean()
-            run.log(loss=loss, **losses)
+            run.log(loss=loss, **metrics)
         run.save()
     run.finish()
 
@@ -450,7 +450,7 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     common = [vit.common_arguments(), vit.encoder_arguments()]
 
-    training = vit.training_arguments(epochs=20, muon=2e-3, adamw=5e-4, batch=128)
+    training = vit.training_arguments(epochs=20, muon=4e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("pretrain", parents=[*common, training], help="learn without labels")
     add = p.add_argument
     add("--task", choices=["infonce", "m"], required=True, help="InfoNCE on two views, or Model M")
@@ -467,7 +467,7 @@ def main() -> None:
     add("--labels", type=float, default=1.0, help="share of training images that have labels (default: all)")
     p.set_defaults(run=probe)
 
-    training = vit.training_arguments(epochs=50, muon=2e-3, adamw=1e-3, batch=128)
+    training = vit.training_arguments(epochs=50, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("finetune", parents=[*common, training], help="train on with labels")
     add = p.add_argument
     add("--checkpoint", metavar="FILE", help="start from this encoder (without: from scratch, the control)")

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py > results/benchmark.md
     python tests/benchmark.py --processes 2        # instead: one process against two, on the same cores
+    python tests/benchmark.py --optimizer          # instead: what the optimiser costs of a training step
     python tests/benchmark.py --start              # instead: only the third table
 
 First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py
@@ -15,6 +16,7 @@ quick` and `run_all.sh test` take. Not a test: nothing here fails.
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -191,7 +193,7 @@ def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -
         torch.Generator(machine.device).manual_seed(0),
     )
     parallel = vit.data_parallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
+    optimizer = vit.make_optimizer(model, "muon", 1e-3, 0.05, machine.precision)
     for index in data.shuffled_batches(len(images), 128, generator):
         x, y = data.crop_flip(images[index], generator), labels[index]
         x, other, kept = data.cutmix(x, y, generator, 0.0)
@@ -202,6 +204,50 @@ def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def optimizer_table(device: str, rounds: int = 15) -> None:
+    """What an optimiser's step costs of a fine-tuning step (width 128, batch 128), in turns: medians. Muon's
+    iterations are counted down, to see what they cost."""
+    print("| optimiser | precision | a training step, ms | of which the optimiser | share |")
+    print("|---|---|---:|---:|---:|")
+    faster, _ = vit.faster_precision(quiet_machine(device, "float32").device)
+    for precision in ("float32", "bfloat16") if faster == "bfloat16" else ("float32",):
+        machine = quiet_machine(device, precision)
+        x = torch.rand(128, 3, 32, 32, device=machine.device)
+        y = torch.randint(10, (128,), device=machine.device)
+        kinds = {"AdamW": ("adamw", 5)} | {f"Muon, {n} iterations": ("muon", n) for n in (5, 4, 3)}
+        models, optimizers, seconds = {}, {}, {}
+        for name, (kind, _) in kinds.items():
+            models[name] = vit.Classifier(vit.ViT()).to(machine.device)
+            optimizers[name] = vit.make_optimizer(models[name], kind, 1e-3, 0.05, precision)
+            seconds[name] = []
+        usual = vit.orthogonalise
+        for _ in range(rounds):
+            for name, (_, n) in kinds.items():
+                vit.orthogonalise = functools.partial(usual, iterations=n)
+                start = now(machine)
+                with machine.autocast():
+                    logits = models[name](x)
+                nn.functional.cross_entropy(logits.float(), y).backward()
+                middle = now(machine)
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                end = now(machine)
+                seconds[name].append((end - start, end - middle))
+        vit.orthogonalise = usual
+        for name, pairs in seconds.items():
+            whole, own = (1000 * statistics.median(values[2:]) for values in zip(*pairs))
+            print(
+                f"| {name} | {precision} | {whole:.0f} | {own:.1f} | {100 * own / whole:.0f} % |", flush=True
+            )
+
+
+def now(machine: vit.Machine) -> float:
+    """The time, once the device has done what it was told."""
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def epoch_seconds(loop, images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -> float:
@@ -315,7 +361,7 @@ def start_table(images: str) -> None:
 def quiet_machine(device: str, precision: str) -> vit.Machine:
     """A vit.Machine that tells what it is on the terminal, not in the table."""
     with contextlib.redirect_stdout(sys.stderr):
-        return vit.Machine(device, precision)
+        return vit.set_up(device, precision)
 
 
 def main() -> None:
@@ -334,6 +380,7 @@ def main() -> None:
     parser.add_argument(
         "--data", default="synthetic", help="images of the third table: a folder, or synthetic (default)"
     )
+    parser.add_argument("--optimizer", action="store_true", help="only what the optimiser costs of a step")
     parser.add_argument("--start", action="store_true", help="only the third table")
     args = parser.parse_args()
     if args.processes:
@@ -343,6 +390,8 @@ def main() -> None:
         images, labels = data.synthetic(args.images)
         best = min(epoch_seconds(our_loop, images, labels, machine) for _ in range(3))
         return print(f"{args.images / best:.0f}") if vit.RANK == 0 else None
+    if args.optimizer:
+        return optimizer_table(args.device)
     if args.start:
         return start_table(args.data)
     from importlib.metadata import version
@@ -356,6 +405,8 @@ def main() -> None:
         f"{versions}.\n"
     )
     step_table(args.device, args.seconds)
+    print()
+    optimizer_table(args.device)
     print()
     epoch_table(args.device, args.images)
     print()

@@ -164,9 +164,9 @@ def test_the_class_named_in_a_caption(caption, name):
 def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
     about = {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    whole = json.dumps({"split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"})
-    path.write_text(f'{json.dumps(about)}\n{whole}\n{{"split": "train", "ind')
-    assert multimodal.read_captions(path) == (about, {("train", 0): "a \u00e9l\u00e9phant"})
+    whole = json.dumps({"image": "ab", "split": "train", "index": 0, "caption": "a \u00e9l\u00e9phant"})
+    path.write_text(f'{json.dumps(about)}\n{whole}\n{{"image": "cd", "ind')
+    assert multimodal.read_captions(path) == (about, {"ab": "a \u00e9l\u00e9phant"})
     for content in ("", "hello\n", '{"split": "train"}\n', json.dumps(about) + "\n[1]\n"):
         path.write_text(content)
         with pytest.raises(SystemExit, match="is not a caption file"):
@@ -177,8 +177,8 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
 
 def test_a_caption_file_from_an_editor_keeps_its_last_caption_and_may_have_blank_lines(tmp_path):
     path, about = tmp_path / "captions.jsonl", {"captioner": "blip", "model": "b", "dataset": "cifar10"}
-    captions = {("train", i): f"caption {i}" for i in range(3)}
-    multimodal.write_captions(path, about, captions)
+    captions = {f"image {i}": f"caption {i}" for i in range(3)}
+    multimodal.write_captions(path, about, captions, {"train": list(captions)})
     whole = path.read_text()
     for text in (whole, whole.removesuffix("\n"), whole.replace("\n", "\n\n"), whole.replace("\n", "\r\n")):
         path.write_text(text)
@@ -419,7 +419,7 @@ def test_every_caption_is_embedded_once_and_new_ones_are_added(finished):
     # brought in from another machine, under the same name
     more = finished / "elsewhere" / "captions_tiny.jsonl"
     more.parent.mkdir()
-    line = b'{"split": "train", "index": 999, "caption": "a brand new caption"}\n'
+    line = b'{"image": "0", "split": "train", "index": 999, "caption": "a brand new caption"}\n'
     more.write_bytes((finished / "captions_tiny.jsonl").read_bytes() + line)
     assert " 1 to embed" in stage(f"multimodal.py embed --captions {more}", finished)
     same, after = multimodal.read_embeddings(finished / "captions_tiny_clip.pt")
@@ -449,7 +449,7 @@ def test_a_captioner_has_not_seen_the_labels_of_the_images_it_captions(tmp_path,
 def test_without_a_network_the_commands_that_fetch_are_named(finished, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     few = ["--out", tmp_path, *FEW.split()]
-    text = run("multimodal.py", "caption", "--captioner", "blip", *few, code=1, env=offline)
+    text = run("multimodal.py", "caption", "--captioner", "blip", *few, code=multimodal.NO_BLIP, env=offline)
     assert "hf download Salesforce/blip-image-captioning-base" in text, text
     assert len(text.strip().splitlines()) == 2, text  # the machine, and why not
     captions = ["--captions", finished / "captions_tiny.jsonl"]
@@ -468,8 +468,9 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
     for seen, option in enumerate(["", "--seen"]):
         stage(f"multimodal.py caption --captioner tiny {option} --name by_{seen}", finished)
         _, captions = multimodal.read_captions(finished / f"by_{seen}.jsonl")
-        assert captions == {(split, i): f"tiny_blip_{(i + seen) % 2}" for split, i in captions}
-        assert len(captions) == 3 * 320
+        for split in multimodal.SPLITS:
+            keys = data.image_keys(data.load("synthetic", split, limit=320)[0])
+            assert [captions[key] for key in keys] == [f"tiny_blip_{(i + seen) % 2}" for i in range(320)]
     state = torch.load(finished / "tiny_blip_1.pt", weights_only=True)
     # left behind by a run with more folds
     torch.save(state | {"settings": state["settings"] | {"folds": 3}}, finished / "tiny_blip_1.pt")
@@ -484,30 +485,64 @@ def test_an_image_is_captioned_by_the_small_blip_of_its_fold(finished, monkeypat
 
 def test_fusion_reads_every_images_own_caption_or_with_shuffled_anothers(finished):
     _, captions = multimodal.read_captions(finished / "captions_tiny.jsonl")
-    own = [captions["train", i] for i in range(50)]
+    keys = {
+        split: data.image_keys(data.load("synthetic", split, limit=320)[0]) for split in multimodal.SPLITS
+    }
+    own = [captions[key] for key in keys["train"]]
     _, embedded = multimodal.read_embeddings(finished / "captions_tiny_clip.pt")
-    args = argparse.Namespace(text="tokens", split="validation", data="synthetic", limit=50, captions="f")
+    args = argparse.Namespace(text="tokens", split="validation", data="synthetic", limit=320, captions="f")
     train = multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))["train"]
     index = torch.tensor([7, 0, 49, 7])
     states, is_word = train.text(index)
     for state, words, i in zip(states, is_word, index.tolist()):
         torch.testing.assert_close(state[words], embedded[own[i]][1].float())
-    del captions["train", 7]
-    with pytest.raises(SystemExit, match="f lacks train captions"):
+    del captions[keys["train"][7]]
+    with pytest.raises(SystemExit, match="f has no caption for 1 of 320 train images"):
         multimodal.load_captioned(args, captions, embedded, torch.device("cpu"))
     shown = np.load(finished / "fusion_tiny_shuffled_validation.npz")
-    validation = [captions["validation", i] for i in range(320)]
+    validation = [captions[key] for key in keys["validation"]]
     others = validation[1:] + validation[:1]
     assert shown["captions"].tolist() == [others[i] for i in shown["shown"]]
     same = np.load(finished / "fusion_tiny_validation.npz")
     assert same["captions"].tolist() == [validation[i] for i in same["shown"]]
 
 
+def test_captions_follow_their_images_into_another_order(finished):
+    """README invites bringing captions from another machine, where the same images may stand otherwise."""
+    path = finished / "captions_tiny.jsonl"
+    _, captions = multimodal.read_captions(path)
+    images = data.load("synthetic", "test", limit=320)[0]
+    there = multimodal.captions_of(captions, images, "test", path)
+    order = torch.randperm(320)
+    here = multimodal.captions_of(captions, images[order], "test", path)
+    assert here == [there[i] for i in order] and len(set(data.image_keys(images))) == 320
+    with pytest.raises(SystemExit, match="no caption for 1 of 320 test images: it was made of other images"):
+        multimodal.captions_of(captions, torch.cat([images[:319], images[:1] ^ 1]), "test", path)
+
+
+def test_small_blips_of_other_training_images_are_not_taken_for_ones_that_have_not_seen_them(finished):
+    images, labels = data.load("synthetic", "train", limit=320)
+    assert len(multimodal.small_blips(finished, images, labels)) == 2
+    with pytest.raises(SystemExit, match="was made with another images"):
+        multimodal.small_blips(finished, images.flip(0), labels.flip(0))
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (":\n401 Client Error: the token has expired\nSee ...", "401 Client Error: the token has expired"),
+        ("", "OSError"),
+    ],
+)
+def test_of_a_librarys_error_the_first_line_that_says_something_is_shown(text, line):
+    assert multimodal.first_line(OSError(text)) == line
+
+
 def test_a_captioner_that_cannot_be_had_costs_no_captions(finished, tmp_path):
     before = (finished / "captions_tiny.jsonl").read_bytes()
     (tmp_path / "captions_blip.jsonl").write_bytes(before)
     line = "multimodal.py caption --captioner blip --blip OUT/no/such --fresh"
-    assert "can't load the captioner" in stage(line, tmp_path, code=1)
+    assert "can't load the captioner" in stage(line, tmp_path, code=multimodal.NO_BLIP)
     assert (tmp_path / "captions_blip.jsonl").read_bytes() == before
 
 
@@ -516,7 +551,7 @@ def test_a_caption_is_no_longer_than_the_captioner_has_positions(finished):
     blip, processor = multimodal.load_blip(finished / "tiny_blip_0", None, torch.device("cpu"))
     # no word is likelier than another, so sentences don't end
     nn.init.zeros_(blip.text_decoder.cls.predictions.decoder.weight)
-    machine = vit.Machine("cpu", "float32")
+    machine = vit.set_up("cpu", "float32")
     assert len(multimodal.describe(blip, processor, data.synthetic(5)[0], machine)) == 5
 
 
@@ -553,7 +588,7 @@ def test_mistakes_are_one_sentence(finished, tmp_path):
         (f"{fuse} --blocks 1", "there is no checkpoint"),
         (f"{fuse} --checkpoint OUT/m.pt", "no factorised encoder"),
         (f"{fuse} --control none shuffled --name mine", "--name is for one --control"),
-        (f"multimodal.py fuse --captions {foreign}", "captions of cifar10, not of synthetic"),
+        (f"multimodal.py fuse --captions {foreign}", "has no caption for 320 of 320 train images"),
         (f"multimodal.py fuse --captions {foreign}x", "there is no caption file"),
         ("ssl.py probe --checkpoint OUT/tiny_blip_0.pt", "another library"),
     ]:

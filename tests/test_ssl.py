@@ -87,7 +87,7 @@ def test_what_is_painted_is_compared_with_the_image_as_it_was_before_masking(sta
 def test_losses_and_augmentation_stay_on_the_device_and_never_wait_for_it(stage1):
     """On torch's meta device a tensor has no values: reading one (a synchronisation on a GPU), or mixing
     in a tensor that stayed on the CPU, raises."""
-    model = vit.ModelM(vit.ViT(dim=32, depth=2), projector=True).to("meta")
+    model = vit.JointM(vit.ViT(dim=32, depth=2)).to("meta")
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
     labels = torch.empty(8, dtype=torch.long, device="meta")
     views = stage1.two_views(images, None)  # [2B, 3, S, S]
@@ -178,7 +178,7 @@ def test_fit_linear_reaches_the_optimum_where_the_gradient_vanishes(stage1):
 
 
 def test_features_are_cls_and_the_mean_of_the_patch_tokens(stage1):
-    machine, encoder = vit.Machine("cpu", "float32"), vit.ViT(dim=16, depth=1).eval()
+    machine, encoder = vit.set_up("cpu", "float32"), vit.ViT(dim=16, depth=1).eval()
     images = data.synthetic(5)[0]
     found = stage1.features(encoder, images, machine)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_a_start_file_with_other_contents_does_not_count_as_the_same_run(tmp_pat
     call("ssl.py", "pretrain", "--task", "m", *out)
     call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out)
     call("ssl.py", "pretrain", "--task", "m", "--fresh", "--lr", 0.01, *out)
-    assert "another checkpoint" in call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out, code=1)
+    assert "another start" in call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *out, code=1)
 
 
 def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):

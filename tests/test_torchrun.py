@@ -17,13 +17,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # 161: odd
-COMMON = "--out OUT --data synthetic --limit 161 --dim 32 --device cpu --precision float32 --split test"
-M = f"ssl.py pretrain --task m --batch 16 {COMMON} --epochs"
+COMMON = "--out OUT --data synthetic --limit 161 --device cpu --precision float32 --split test"
+M = f"ssl.py pretrain --task m --dim 32 --batch 16 {COMMON} --epochs"
 STAGES = [
     f"{M} 1",
     f"{M} 1 --pretext masking --name masking",
     f"{M} 1 --contrast 1 --name m_joint",
-    f"ssl.py pretrain --task infonce --epochs 1 --batch 16 {COMMON}",
+    f"ssl.py pretrain --task infonce --dim 32 --epochs 1 --batch 16 {COMMON}",
     f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
     f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}",
     f"multimodal.py tiny --checkpoint OUT/m.pt --enlarge 32 --epochs 1 --batch 16 {COMMON}",
@@ -80,16 +80,15 @@ def folders(tmp_path_factory):
     """Where one process and where two have written, and what the two have printed."""
     import torch
 
+    import data
     import vit
 
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     captions = [["a cat", "a dog on grass", "red"][i % 3] for i in range(161)]
-    lines = [{"captioner": "hand", "model": "a test", "dataset": "synthetic"}]
-    lines += [
-        {"split": split, "index": i, "caption": c}
-        for split in ("train", "validation", "test")
-        for i, c in enumerate(captions)
-    ]
+    lines = [{"captioner": "hand", "model": "a test"}]
+    for split in ("train", "validation", "test"):
+        keys = data.image_keys(data.load("synthetic", split, limit=161)[0])
+        lines += [{"image": key, "caption": c} for key, c in zip(keys, captions)]
     embedded = {c: (c, torch.randn(n, 24).half()) for c, n in zip(captions[:3], (4, 6, 3))}
     for folder in (one, two):
         (folder / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

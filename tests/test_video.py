@@ -193,7 +193,7 @@ def test_an_image_shown_in_several_frames_is_what_copies_of_it_are(kind, images)
 @both
 def test_predict_shows_the_images_in_turn_until_the_clip_is_full(kind):
     model, images = small(kind), data.synthetic(6)[0]
-    found = video.predict(model, images, torch.tensor([[4, 1], [0, 5]]), F, vit.Machine("cpu", "float32"))
+    found = video.predict(model, images, torch.tensor([[4, 1], [0, 5]]), F, vit.set_up("cpu", "float32"))
     with torch.no_grad():
         by_hand = [images[torch.tensor([shown])] / 255 for shown in ([4, 1, 4, 1], [0, 5, 0, 5])]
         by_hand = torch.cat([model(x, in_order(x))[0] for x in by_hand])
@@ -342,8 +342,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_pat
     "more, message",
     [
         (["--limit", 100], "fewer than one same-class batch of 16"),
-        (["--dim", 64], "has --dim 32, not 64"),
-        (["--patch", 4], "has --patch 8, not 4"),
         (["--blocks", 7], "has only 6 blocks"),
         (["--clips", 100], "fewer than one step"),
         (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),

@@ -1,6 +1,5 @@
 """The network against two independent implementations, and the promises of the plumbing."""
 
-import argparse
 import contextlib
 import errno
 import os
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, call, run
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import vit
 
@@ -106,11 +106,14 @@ def test_without_positions_a_block_does_not_know_the_order_of_its_tokens():
 def test_model_m_paints_the_masked_patches_from_their_own_tokens():
     images = torch.rand(2, 3, 32, 32)
     masked = torch.tensor([[3, 0], [15, 7]])
-    model = vit.ModelM(vit.ViT(dim=32, depth=1), projector=True).eval()
-    _, pixels, z = model(images, masked)
+    model = vit.JointM(vit.ViT(dim=32, depth=1)).eval()
+    angle, pixels, z = model(images, masked)
     tokens = model.encoder(images)
     torch.testing.assert_close(pixels[1, 0], model.reconstruction_head(tokens[1, 1 + 15]))
     torch.testing.assert_close(z, model.projector(tokens[:, 0]))
+    alone = vit.ModelM(model.encoder)
+    alone.load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(alone(images, masked), (angle, pixels)))
 
 
 def test_a_stem_shows_each_token_its_own_patch_only():
@@ -136,60 +139,217 @@ def test_images_of_another_size_than_the_encoder_was_made_for_are_refused(shape)
         vit.ViT(dim=16, depth=1)(torch.zeros(shape))
 
 
+# -------------------------------------------------------------------------------------------- the optimiser
+
+
+def singular(values, rows, columns):
+    """A matrix with these singular values, and what U V^T is."""
+    u, v = torch.linalg.qr(torch.randn(rows, rows))[0], torch.linalg.qr(torch.randn(columns, rows))[0]
+    return u @ torch.diag(values) @ v.T, u @ v.T
+
+
+@pytest.mark.parametrize("rows, columns", [(32, 32), (32, 80)])
+def test_orthogonalise_keeps_the_singular_vectors_and_brings_the_values_near_one(rows, columns):
+    matrix, expected = singular(torch.linspace(0.2, 3, rows), rows, columns)
+    found = vit.orthogonalise(matrix[None])[0]
+    u, values, vt = torch.linalg.svd(found, full_matrices=False)
+    assert 0.6 < values.min() and values.max() < 1.3
+    torch.testing.assert_close(u @ vt, expected, rtol=0, atol=1e-4)  # the same vectors, though values differ
+
+
+def test_many_matrices_at_once_are_the_same_as_one_by_one_and_zero_stays_zero():
+    matrices = torch.randn(5, 24, 40)
+    matrices[2] = 0
+    alone = torch.cat([vit.orthogonalise(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(vit.orthogonalise(matrices), alone)
+    assert torch.equal(alone[2], torch.zeros(24, 40))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_steps_as_torchs_own_up_to_the_rounding_of_bfloat16(shape):
+    ours = nn.Parameter(torch.randn(shape))
+    theirs = nn.Parameter(ours.detach().clone())
+    first = vit.Muon([ours], lr=0.02, weight_decay=0.1)
+    second = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        first.step()
+        second.step()
+    step = 0.02 * 0.2  # of an entry, on average
+    assert (ours - theirs).square().mean().sqrt() < 0.05 * step
+
+
+def test_the_parts_of_a_qkv_do_not_mix_and_a_patch_embedding_is_one_matrix():
+    whole, alone = nn.Parameter(torch.zeros(3 * 16, 16)), nn.Parameter(torch.zeros(16, 16))
+    patches, flat = nn.Parameter(torch.zeros(16, 3, 4, 4)), nn.Parameter(torch.zeros(16, 48))
+    whole.grad, patches.grad = torch.randn(48, 16), torch.randn(16, 3, 4, 4)
+    alone.grad, flat.grad = whole.grad[16:32].clone(), patches.grad.view(16, 48).clone()
+    whole.grad[:16] *= 1000  # the neighbour's scale is its own business
+    vit.Muon([{"params": [whole], "parts": 3}, {"params": [alone, patches, flat], "parts": 1}]).step()
+    torch.testing.assert_close(whole[16:32], alone)
+    torch.testing.assert_close(patches.view(16, 48), flat)
+
+
+def test_a_step_of_muon_is_as_long_as_one_of_adamw():
+    weight = nn.Parameter(torch.zeros(64, 192))
+    weight.grad = torch.randn(64, 192)
+    vit.Muon([weight], lr=1.0).step()
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
+
+
+def groups(model, kind):
+    """Which parameters the optimiser turns as matrices, which it lets decay, which it leaves alone."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {"turned": set(), "decayed": set(), "left": set()}
+    for group in vit.make_optimizer(model, kind, 1e-3, 0.1).param_groups:
+        what = "turned" if "parts" in group else "decayed" if group["weight_decay"] else "left"
+        found[what] |= {names[id(p)] for p in group["params"]}
+    assert sum(map(len, found.values())) == len(names)  # each once
+    return found
+
+
+def test_muon_gets_the_matrices_inside_and_adamw_the_rest_of_which_only_matrices_decay():
+    model = vit.JointM(vit.ViT(dim=16, depth=1))
+    block = [f"encoder.blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
+    heads = ["rotation_head.weight", "reconstruction_head.weight", "projector.0.weight", "projector.2.weight"]
+    muon, adamw = groups(model, "muon"), groups(model, "adamw")
+    assert muon["turned"] == {*block, "encoder.patch_embedding.weight"}
+    assert muon["decayed"] == set(heads) and muon["left"] == adamw["left"]
+    assert adamw["decayed"] == muon["turned"] | muon["decayed"]
+    assert {"encoder.cls", "encoder.positions", "encoder.norm.weight"} <= muon["left"]
+
+
+def test_class_and_position_tables_of_blip_and_clip_do_not_decay():
+    import open_clip
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = small | {"vocab_size": 20, "encoder_hidden_size": 16, "max_position_embeddings": 8}
+    config = BlipConfig(vision_config=small | {"image_size": 16, "patch_size": 8}, text_config=text)
+    blip = groups(BlipForConditionalGeneration(config), "muon")
+    tables = ["vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"]
+    tables += [f"text_decoder.bert.embeddings.{name}_embeddings.weight" for name in ("word", "position")]
+    assert set(tables) <= blip["left"]
+    assert "vision_model.encoder.layers.0.self_attn.qkv.weight" in blip["turned"]
+    assert "text_decoder.bert.encoder.layer.0.crossattention.self.query.weight" in blip["turned"]
+    image = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    words = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    clip = groups(open_clip.CLIP(8, image, words), "muon")
+    assert {"token_embedding.weight", "positional_embedding", "visual.class_embedding"} <= clip["left"]
+    assert "transformer.resblocks.0.attn.in_proj_weight" in clip["turned"]
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(3, 2), nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 2)])})]
+)
+def test_a_model_with_nothing_for_muon_or_only_a_block_is_stepped(model):
+    optimizer = vit.make_optimizer(model, "muon", 1e-2, 0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_muon_never_waits_for_the_device():
+    """On torch's meta device a tensor has no values; reading one raises."""
+    model = vit.Classifier(vit.ViT(dim=16, depth=1)).to("meta")
+    model(torch.empty(2, 3, 32, 32, device="meta")).sum().backward()
+    matrices = [p for name, p in model.named_parameters() if vit.INSIDE.search(name) and p.ndim > 1]
+    vit.Muon(matrices, precision=torch.bfloat16).step()
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 
-def arguments(out, **changed):
-    defaults = dict(
-        out=str(out), epochs=2, batch=8, lr=1e-3, warmup=1.0, weight_decay=0.1, fresh=False, keep_epochs=False
-    )
-    return argparse.Namespace(**defaults | changed)
+def tiny_run(out, epochs=2, settings=None, **options):
+    """A run of three steps an epoch, with what a loop needs."""
+    machine = vit.set_up("cpu", "float32", seed=1)
+    model = vit.Classifier(vit.ViT(dim=16, depth=1))
+    optimizer = vit.make_optimizer(model, "muon", 1e-3, 0.1)
+    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, 3 * epochs, 0.1))
+    settings = {"epochs": epochs} | (settings or {})
+    return vit.Run("tiny", model, optimizer, schedule, machine, settings, epochs, 3, 8, out, **options)
 
 
-def tiny_run(out, **changed):
-    machine, encoder = vit.Machine("cpu", "float32", seed=1), vit.ViT(dim=16, depth=1)
-    return vit.Run(arguments(out, **changed), "tiny", vit.Classifier(encoder), machine, encoder, 3)
+def batch_loss(run):
+    """The loss of a drawn batch."""
+    return run.model(torch.rand(8, 3, 32, 32, generator=run.generator)).square().mean()
 
 
-def test_the_learning_rate_warms_up_then_falls_to_zero(tmp_path):
-    run, rates = tiny_run(tmp_path, epochs=10, lr=1.0), []
-    run.steps = 10  # of each of ten epochs, the first of which is the warm-up
-    for run.epoch in range(10):
-        for run.batches in range(10):
-            run.set_learning_rate()
-            rates.append(run.optimizer.param_groups[1]["lr"])
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-
-
-def test_decay_touches_matrices_only(tmp_path):
-    run = tiny_run(tmp_path)
-    names = {id(p): n for n, p in run.model.named_parameters()}
-    decayed = {names[id(p)] for p in run.optimizer.param_groups[0]["params"]}
-    assert {n for n in names.values() if n.endswith("weight") and "norm" not in n} == decayed
-    assert run.optimizer.param_groups[1]["weight_decay"] == 0
-
-
-def train(run, poison=None):
-    for epoch in range(run.epoch, run.args.epochs):
+def train(run, poison=None, every=1, epochs=None):
+    """The loop as every stage has it; gradients of `every` steps are added up; stopped after `epochs`."""
+    done = run.epoch * 3
+    for epoch in range(run.epoch, run.epochs):
         for k in range(3):
-            images = torch.rand(8, 3, 32, 32, generator=run.generator)
-            loss = run.model(images).square().mean()
+            loss = batch_loss(run)
             if (epoch, k) == poison:
                 loss = loss * float("nan")
             loss.backward()
-            run.set_learning_rate()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            done += 1
+            if done % every == 0:
+                run.optimizer.step()
+                run.schedule.step()
+                run.optimizer.zero_grad()
             run.log(loss=loss)
         run.save()
+        if epoch + 1 == epochs:
+            return
+    run.finish()
+
+
+def weights(path):
+    return vit.read_checkpoint(path)["model"]
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero():
+    rates = [vit.warmup_cosine(step, total=100, warmup=0.1) for step in range(100)]
+    assert 0 < rates[0] < 0.2 and rates[10] == 1.0 and rates[99] < 0.001
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11]))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert [vit.warmup_cosine(step, 1, 0.1) for step in range(1)] and vit.warmup_cosine(0, 5, 0.0) == 1.0
 
 
 def test_a_loss_that_is_not_finite_names_stage_and_epoch_and_keeps_the_last_good_epoch(tmp_path):
-    with pytest.raises(SystemExit, match="tiny: the loss is not finite in epoch 2"):
+    with pytest.raises(FloatingPointError, match="tiny: the loss is not finite in epoch 2"):
         train(tiny_run(tmp_path), poison=(1, 2))
     state = vit.read_checkpoint(tmp_path / "tiny.pt")
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_also_with_gradients_that_are_not_spent(tmp_path):
+    for every in (1, 2):  # of three steps an epoch: half a sum is left at its end
+        train(tiny_run(tmp_path / f"whole{every}"), every=every)
+        train(tiny_run(tmp_path / f"part{every}"), every=every, epochs=1)
+        train(tiny_run(tmp_path / f"part{every}"), every=every)
+        whole, part = (weights(tmp_path / f"{name}{every}/tiny.pt") for name in ("whole", "part"))
+        assert all(torch.equal(value, part[name]) for name, value in whole.items())
+
+
+def test_a_run_that_is_stopped_early_and_finished_is_finished(tmp_path):
+    run = tiny_run(tmp_path, epochs=5)
+    train(run, epochs=2)
+    run.finish()
+    again = tiny_run(tmp_path, epochs=5)
+    assert (again.epoch, again.epochs, len(again.history["loss"])) == (2, 2, 2)
+
+
+def test_fresh_forgets_the_old_run_at_once(tmp_path):
+    """Else a stop in its first epoch would bring the old weights back, as "finished before"."""
+    train(tiny_run(tmp_path))
+    tiny_run(tmp_path, fresh=True)
+    assert tiny_run(tmp_path).epoch == 0
+
+
+def test_a_resumed_run_keeps_its_precision_and_leaves_that_of_others_alone(tmp_path):
+    machine = vit.Machine(torch.device("cpu"), "bfloat16", "a test", 1)
+    run = tiny_run(tmp_path)
+    run.machine = machine
+    train(run, epochs=1)
+    now = vit.set_up("cpu", "float32", 1)
+    assert tiny_run(tmp_path).machine.precision == "bfloat16" and now.precision == "float32"
 
 
 def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
@@ -205,31 +365,52 @@ def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
 
 
 def test_other_settings_do_not_resume_silently(tmp_path):
-    train(tiny_run(tmp_path))
+    train(tiny_run(tmp_path, settings={"lr": 0.001}))
     with pytest.raises(SystemExit, match="tiny.pt was made with another lr: 0.001, not 1.0; add --fresh"):
-        tiny_run(tmp_path, lr=1.0)
+        tiny_run(tmp_path, settings={"lr": 1.0})
     with pytest.raises(SystemExit, match="another epochs: 2, not 3 .its learning rate falls to zero"):
-        tiny_run(tmp_path, epochs=3)
-    with pytest.raises(SystemExit, match="another checkpoint: None, not '[0-9a-f]{12}'; add --fresh"):
-        tiny_run(tmp_path, checkpoint=tmp_path / "tiny.pt")
-    assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
+        tiny_run(tmp_path, epochs=3, settings={"lr": 0.001})
+    assert tiny_run(tmp_path, settings={"lr": 1.0}, fresh=True).epoch == 0
 
 
-def test_an_edited_file_is_noticed_and_one_that_is_not_loaded_is_not(tmp_path, monkeypatch, capsys):
-    copy = shutil.copy(ROOT / "vit.py", tmp_path)
-    monkeypatch.setattr(vit, "__file__", copy)
-    train(tiny_run(tmp_path))
-    (tmp_path / "other.py").write_text("x = 1")
+def edit(path):
+    path.write_text("# a comment\n" + path.read_text())
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder that vit.py takes for its own, with the file of one loaded module in it."""
+    copy = tmp_path / "project" / "vit.py"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "vit.py", copy)
+    monkeypatch.setattr(vit, "__file__", str(copy))
+    monkeypatch.setattr(vit, "SOURCES", {})
+    return copy
+
+
+def test_half_a_run_of_other_code_is_not_gone_on_with_and_a_finished_one_says_so(project, tmp_path, capsys):
+    train(tiny_run(tmp_path), epochs=1)
+    edit(project)
+    vit.SOURCES.clear()  # as in a new process
+    with pytest.raises(SystemExit, match="half a run of other code; undo the edit, or add --fresh"):
+        tiny_run(tmp_path)
+    train(tiny_run(tmp_path, fresh=True))
+    (project.parent / "other.py").write_text("x = 1")  # not loaded
     tiny_run(tmp_path)
     assert "finished before" in (text := capsys.readouterr().out) and "code has been" not in text
-    (tmp_path / "vit.py").write_text("# a comment\n" + (ROOT / "vit.py").read_text())
+    edit(project)
+    vit.SOURCES.clear()
     tiny_run(tmp_path)
     assert "finished before" in (text := capsys.readouterr().out) and "has been edited since: --fresh" in text
-    assert tiny_run(tmp_path, fresh=True).epoch == 0
-    state = torch.load(tmp_path / "tiny.pt", weights_only=True)
-    torch.save({key: value for key, value in state.items() if key != "code"}, tmp_path / "tiny.pt")
-    tiny_run(tmp_path)  # a checkpoint of before
-    assert "finished before" in (text := capsys.readouterr().out) and "code has been" not in text
+
+
+def test_a_file_that_is_edited_after_it_was_loaded_is_told(project):
+    """As in a notebook, which goes on with the old one."""
+    before = vit.code_version()
+    assert vit.code_version() == before
+    edit(project)
+    with pytest.raises(SystemExit, match="vit.py has been edited since it was loaded; restart Python"):
+        vit.code_version()
 
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
@@ -289,10 +470,10 @@ def test_a_gpu_without_kernels_in_this_torch_is_left_alone(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
-    assert vit.Machine("auto", "float32").device.type == "cpu"
+    assert vit.set_up("auto", "float32").device.type == "cpu"
     assert "no kernel image" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="'cuda' can't be used here .*no kernel image.*try --device cpu"):
-        vit.Machine("cuda", "float32")
+        vit.set_up("cuda", "float32")
 
 
 def test_a_disk_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch):
@@ -401,7 +582,7 @@ def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
 
     monkeypatch.setattr(torch, "autocast", autocast)
     assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
-    with vit.Machine("cpu").autocast():  # and autocast is left alone from then on
+    with vit.set_up("cpu").autocast():  # and autocast is left alone from then on
         torch.ones(2, 2) @ torch.ones(2, 2)
 
 
