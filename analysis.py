@@ -18,13 +18,16 @@ of layers). Shape letters as in vit.py; also n images, R representations.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
+import unicodedata
 
 import numpy as np
 import torch
@@ -34,7 +37,10 @@ from torch import Tensor
 import data
 import vit
 
-# ---------------------------------------------------------------- similarity maps
+# ---------------------------------------------------------------- similarity maps Why cosines of tokens, and
+# not attention weights? A weight says how much one head of one block takes from a patch, whatever it then
+# makes of it; six blocks of four heads give 24 different maps. The cosine compares what has come out at the
+# end: which patches' tokens hold what CLS holds. (It is also what the coursework asks for.)
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
@@ -257,9 +263,44 @@ def picture(array: np.ndarray, size: int) -> Box:
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).resize((size, size), Image.NEAREST)
 
 
+# where systems keep letters that Pillow's own font has not
+FONTS = ["DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf"]
+FONTS += ["NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "wqy-microhei.ttc"]
+
+
+def lacks(font: ImageFont.FreeTypeFont, words: str) -> bool:
+    """Whether the font draws some letter as the box that stands for what it has not."""
+    shapes = {}
+    for letter in {"\uffff", *words} - {"\n"}:
+        box = Image.new("L", (64, 64))
+        ImageDraw.Draw(box).text((0, 0), letter, 255, font)
+        shapes[letter] = box.tobytes()
+    missing = shapes.pop("\uffff")
+    return missing in shapes.values()
+
+
+@functools.cache
+def legible(words: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The words, and a font that has their letters: Pillow's own, or one of the system's. Where none has,
+    they are spelled without accents, and what then is left over as question marks."""
+    own = ImageFont.load_default(size)
+    if not lacks(own, words):
+        return words, own
+    for name in FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not on this system
+            continue
+        if not lacks(font, words):
+            return words, font
+    plain = unicodedata.normalize("NFKD", words.replace("ß", "ss"))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return "".join("?" if lacks(own, letter) else letter for letter in plain), own
+
+
 def text(words: str, size: int = 13, ink=INK, width: int | None = None) -> Box:
     """Words as a box; with a `width` in pixels they are wrapped to it."""
-    font, lines = ImageFont.load_default(size), []
+    (words, font), lines = legible(words, size), []
     for paragraph in words.split("\n"):
         lines.append("")
         for word in paragraph.split(" "):
@@ -285,7 +326,7 @@ def tile(words: str, width: int, height: int, paper) -> Box:
     """A coloured box with words in the middle."""
     box = Image.new("RGB", (width, height), tuple(int(c) for c in paper))
     ink = INK if paper[1] > 150 else PAPER  # dark on light: what looks light has much green
-    middle, font = (width / 2, height / 2), ImageFont.load_default(12)
+    (words, font), middle = legible(words, 12), (width / 2, height / 2)
     ImageDraw.Draw(box).text(middle, words, ink, font, anchor="mm", align="center")
     return box
 
@@ -568,9 +609,9 @@ def draw_optimizers(args: argparse.Namespace):
             lines[optimizer] = history_of(args, name).get(metric, [])
             seconds[optimizer] = vit.read_checkpoint(pathlib.Path(args.out) / f"{name}.pt")["seconds"]
         rows.append([chart(f"{title}, by epoch", lines), chart("the same, by seconds", lines, ends=seconds)])
-    caption = """The same training by two optimisers, each at its own best learning rate (results/tuning.md). At
-    the left by epochs; at the right by seconds on this run's machine: a step of Muon takes a little longer.
-    Partner found: in training; accuracy: on held-out images."""
+    caption = """The same training by two optimisers, each at its own best learning rate (results/tuning.md).
+    At the left by epochs; at the right by seconds on this run's machine: a step of Muon takes a little
+    longer. Partner found: in training; accuracy: on held-out images."""
     return "What does the optimiser bring?", caption, grid(rows, 28, x=0)
 
 
@@ -766,7 +807,7 @@ FILM = {
 def nearest_neighbours(queries: Tensor, keys: Tensor, labels: Tensor, k: int = 20) -> Tensor:
     """The class that most of the k keys of highest cosine have: queries [n, D], keys and their labels [m, D],
     [m] -> [n]. It asks what looks alike to the encoder, and needs no training (Wu et al. 2018, section 3.4,
-    here without weights)."""
+    here without weights; k = 20 as in DINO, Caron et al. 2021, which found it best)."""
     unit = torch.nn.functional.normalize
     cosines = unit(queries, dim=1) @ unit(keys, dim=1).T  # [n, m]
     nearest = cosines.topk(min(k, len(keys)), dim=1).indices  # [n, k]
@@ -900,11 +941,25 @@ def rows_of(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def over_seeds(args: argparse.Namespace, name: str) -> list[float]:
-    """A row's value in this run, and in those beside it of other seeds (OUT-seed1, OUT-seed2, ...)."""
+    """A row's value in this run, and in those beside it (OUT-seed1, OUT-seed2, ...) that differ from it in
+    nothing but the seed."""
     out = pathlib.Path(args.out)
-    folders = [out, *sorted(out.parent.glob(f"{out.name}-seed*"))]
-    rows = [vit.read_results(folder)["rows"].get(vit.row_name(args, name)) for folder in folders]
-    return [row["value"] for row in rows if row]
+    own = rows_of(args).get(name)
+    values = [own["value"]] if own else []
+    for folder in sorted(out.parent.glob(f"{out.name}-seed*")):
+        row = vit.read_results(folder)["rows"].get(vit.row_name(args, name))
+        is_seed = re.fullmatch(r"-seed\d+", folder.name.removeprefix(out.name))
+        if own and row and is_seed and but_for_the_seed(row) == but_for_the_seed(own):
+            values.append(row["value"])
+    return values
+
+
+def but_for_the_seed(row: dict) -> tuple:
+    """What two rows must share to be the same experiment: images, code, precision, and the command without
+    its seed and folder."""
+    command = re.sub(r"--seed \d+", "", row["command"])
+    command = re.sub(r"-seed\d+", "", command)
+    return row.get("images"), row.get("code"), row.get("precision"), command
 
 
 def in_words(name: str, *values: float) -> str:
@@ -919,6 +974,14 @@ NOTES = """Time: training and evaluating what the row shows, without the stage t
 includes the training of the encoder that it probes. A probe reads cls or the mean of the patch tokens, as is
 better on the validation split. Tiny captions are not BLIP's, which the report used: a small captioner of the
 same library class wrote them, trained here on the training labels; they hold no knowledge from outside."""
+
+
+def values_of(rows: dict[str, dict], key: str) -> str:
+    """What rows have at `key`, in words; a mixture is said to be one."""
+    found = list(dict.fromkeys(str(row[key]) for row in rows.values() if key in row))
+    if len(found) > 1:
+        return f"{', or '.join(found)} (A MIXTURE: each row's own is in results.json)"
+    return found[0] if found else "not recorded"
 
 
 def report(args: argparse.Namespace) -> None:
@@ -962,9 +1025,13 @@ def report(args: argparse.Namespace) -> None:
         warning = "SYNTHETIC DATA: these are not CIFAR-10 numbers. "
     if args.limit:
         warning += f"ONLY {args.limit:,} IMAGES of each split: these numbers mean nothing."
-    about = f"Images: {results['provenance']}. Accuracies on the {args.split} split, seed {results['seed']}."
+    about = f"Images: {values_of(rows, 'provenance')}. Accuracies on the {args.split} split. "
+    about += f"Seed: {values_of(rows, 'seed')}."
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    machine = f"Machine: {results['device']}, {results['precision']}; {versions}."
+    trained = {name: row for name, row in rows.items() if "epochs" in row}  # maps and CKA are float32 anyway
+    machine = (
+        f"Machine: {values_of(rows, 'device')}; precision: {values_of(trained, 'precision')}; {versions}."
+    )
     parts = [f"# Results of {out.name}"]
     parts += [f"**{warning.strip()}**"] if warning else []
     parts += [about, machine, "\n".join(lines), NOTES]

@@ -1,13 +1,14 @@
 """Stage 2: pseudo-videos, and factorised spatio-temporal transformers that start from Model M.
 
 A pseudo-video is a clip of F = 16 images of one class, shown as if they were the frames of a film. Attention
-over all F * 17 tokens at once would cost F times as much as F images do; both models below factorise it into
-space and time:
+over all F * 17 tokens at once has F times as many scores as F images by themselves. (At these 272 tokens a
+whole block, which is mostly MLP, then takes about 1.3 times as long; at a film's thousands of tokens the
+scores are what counts.) Both models below factorise attention into space and time:
 
     encoder    factorised encoder (ViViT's model 2): each frame by itself through the image encoder, then
                the frames' CLS tokens through a temporal transformer, which has its own CLS token
-    divided    factorised self-attention (ViViT's model 3, TimeSformer's divided attention): in the last
-               blocks, attention among the patches of a frame, then among the frames at the same patch
+    divided    factorised self-attention (ViViT's model 3): in the last blocks, attention among the patches of
+               a frame, then among the frames at the same patch (TimeSformer: the other way round)
 
 A test image is judged as a static video: F times itself.
 
@@ -15,8 +16,8 @@ Depends on vit.py and data.py: copy this file with those two. Its training loop 
 
     python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 6 --out runs/mine
 
-Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer), Touvron et al. 2021 (LayerScale, the
-gate). Shape letters as in vit.py; also C clips, F frames of a clip, n different images shown in them.
+Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer). Shape letters as in vit.py; also C
+clips, F frames of a clip, n different images shown in them.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ REPORTED |= {"video_report_1": 0.4404, "video_report_2": 0.4244}
 class FactorisedEncoder(nn.Module):
     """Factorised encoder (Arnab et al. 2021, section 3.3, model 2): first space, then time.
 
-    The image encoder sums up each frame in its CLS token; a temporal transformer, whose blocks start as
-    copies of the image encoder's last ones, sums up those in a CLS token of its own. `ordered`: frames have
-    positions; without them any order of the frames gives the same answer.
+    The image encoder sums up each frame in its CLS token; a temporal transformer sums up those in a CLS
+    token of its own. Its blocks start as copies of the image encoder's last ones, since these already work
+    on what it gets, a sentence of finished tokens with a CLS token that collects; the first ones expect
+    pixels. `ordered`: frames have positions, as in ViViT. A pseudo-video has no order, so they can't help
+    here; without them any order of the frames gives the same answer (a control: video_unordered).
     """
 
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
@@ -66,26 +69,29 @@ class FactorisedEncoder(nn.Module):
         An image is encoded once however many frames show it: a static video costs little more than one.
         """
         C, n = images.shape[:2]
-        each = self.encoder(images.flatten(0, 1))[:, 0].view(C, n, -1)  # [C*n, 3, S, S] -> CLS [C, n, D]
-        x = data.take(each, shown)  # [C, F, D]
+        image_cls = self.encoder(images.flatten(0, 1))[:, 0].view(C, n, -1)  # [C*n, 3, S, S] -> [C, n, D]
+        x = data.take(image_cls, shown)  # [C, F, D]
         if self.positions is not None:
             x = x + self.positions
         x = torch.cat([self.cls.expand(C, -1, -1), x], dim=1)  # [C, 1 + F, D]
         for block in self.blocks:
             x = block(x, trace)
-        return x, each
+        return x, image_cls
 
     def forward(self, images: Tensor, shown: Tensor, trace: list | None = None):
         """As `tokens` -> class logits of the clips [C, K] and of the images, each by itself [C, n, K]."""
-        x, each = self.tokens(images, shown, trace)
-        return self.head(self.norm(x[:, 0])), self.frame_head(each)
+        x, image_cls = self.tokens(images, shown, trace)
+        return self.head(self.norm(x[:, 0])), self.frame_head(image_cls)
 
 
 class TemporalAttention(nn.Module):
     """Attention among the F tokens at the same place of a clip's frames, added to an image encoder's block.
 
-    It starts as a copy of that block's attention behind a gate that is shut (zero): the network starts as the
-    image encoder it was made from and opens the gate, channel by channel, as far as other frames help.
+    It starts as a copy of that block's attention behind a gate that is shut (zero): the network starts as
+    the image encoder it was made from and opens the gate, channel by channel, as far as other frames help.
+    (ViViT, section 3.4, starts there, too, by setting the new attention's weights to zero.) A gate at zero
+    still learns: its gradient is that of the output times the attention's update, which is not zero. Only
+    the attention behind it gets no gradient before the gate has moved, after the first step.
     """
 
     def __init__(self, block: vit.Block, frames: int, ordered: bool):
@@ -112,7 +118,9 @@ class FactorisedAttention(nn.Module):
         x = x + gate * attention across frames(norm(x))   new, in the last `blocks` blocks
         x = x + mlp(norm(x))                              as in the image encoder
 
-    There is no temporal CLS token; the class is read from the mean of the frames' CLS tokens.
+    There is no temporal CLS token; the class is read from the mean of the frames' CLS tokens. (ViViT's model
+    3 has no CLS token at all and averages all tokens; ours keeps the image encoder's, as M was trained with
+    it.)
     """
 
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
@@ -125,33 +133,42 @@ class FactorisedAttention(nn.Module):
         self.frame_head = nn.Linear(dim, classes)
 
     def forward(self, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """As FactorisedEncoder.forward. From the first block with temporal attention on, every frame is
-        computed, a repeated one too; and beside it every image alone, as the image encoder sees it."""
+        """As FactorisedEncoder.forward; from the first block with temporal attention on, every frame is
+        computed, a repeated one too. The images by themselves, as the image encoder alone sees them, are
+        computed beside it in training only (else None): nobody else asks."""
         C, n = images.shape[:2]
         spatial = len(self.encoder.blocks) - len(self.temporal)  # blocks without temporal attention
-        alone = self.encoder.embed(images.flatten(0, 1))  # [C*n, T, D]
+        single = self.encoder.embed(images.flatten(0, 1))  # [C*n, T, D]
         for block in self.encoder.blocks[:spatial]:
-            alone = block(alone)
-        x = data.take(alone.unflatten(0, (C, n)), shown)  # [C, F, T, D]
+            single = block(single)
+        x = data.take(single.unflatten(0, (C, n)), shown)  # [C, F, T, D]
         for block, temporal in zip(self.encoder.blocks[spatial:], self.temporal):
             update, _ = block.attn(block.norm1(x).flatten(0, 1))  # [C*F, T, D]
             x = x + update.view(x.shape)
             x = x + temporal(x)
             x = x + block.mlp(block.norm2(x))
-            alone = block(alone)
         cls = self.encoder.norm(x)[:, :, 0]  # [C, F, D]
-        each = self.encoder.norm(alone)[:, 0].unflatten(0, (C, n))  # [C, n, D]
-        return self.head(cls.mean(dim=1)), self.frame_head(each)
+        logits = self.head(cls.mean(dim=1))  # [C, K]
+        if not self.training:
+            return logits, None
+        for block in self.encoder.blocks[spatial:]:
+            single = block(single)
+        image_cls = self.encoder.norm(single)[:, 0].unflatten(0, (C, n))  # [C, n, D]
+        return logits, self.frame_head(image_cls)
 
 
 MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 
-# ---------------------------------------------------------------- Clips
-# 16 images of one class are easily told: where half of them are recognised, a vote is nearly always right.
-# Trained on that alone, the network stops there: the loss is small and no longer says what is wrong with any
-# single image. But a static video has no other images to vote with. Hence two additions: every image must
-# also be classified by itself (--frame-loss; weight 16, as the clip's loss speaks for 16 images), and clips
-# have a random number of different images (--repeats), from a static video to 16.
+# ---------------------------------------------------------------- Clips 16 images of one class are easily
+# told: where half of them are recognised, a vote is nearly always right. Trained on that alone, the network
+# stops there: the loss is small and no longer says what is wrong with any single image. But a static video
+# has no other images to vote with. Hence two additions: clips have a random number of different images
+# (--repeats), from a static video to 16; and every image must also be classified by itself (--frame-loss).
+# Its weight of 16 counts each image as much as the clip. Said plainly: 16 of 17 parts of the loss then are
+# image classification, and that, not the clips, is what most of the accuracy comes from (results/report.md,
+# the last step of "Why did the report's two-block video model fall behind one?").
+#
+# Ten clips a step, 160 images, is about the batch of the other stages; the learning rate is theirs, too.
 
 
 def clip_steps(sampler: data.SameClassBatchSampler, labels: list[int], clips: int, balanced: bool) -> Tensor:
@@ -180,7 +197,7 @@ def random_repeats(clips: int, frames: int, device, generator: Generator | None 
     return shown.gather(1, order)
 
 
-def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: float) -> Tensor:
+def clip_loss(logits, image_logits, labels, other, kept, smoothing: float, frame_loss: float) -> Tensor:
     """Cross-entropy [] of the clips' logits [C, K], plus `frame_loss` times that of every image [C, F, K].
 
     A clip mixed by CutMix has two labels, labels [C] and other [C], the first for the share `kept` [] of its
@@ -188,9 +205,9 @@ def clip_loss(logits, each, labels, other, kept, smoothing: float, frame_loss: f
     """
     loss = data.cutmix_loss(logits, labels, other, kept, smoothing)
     if frame_loss:
-        frames = each.shape[1]
+        frames = image_logits.shape[1]
         own, pasted = labels.repeat_interleave(frames), other.repeat_interleave(frames)  # [C*F] each
-        loss = loss + frame_loss * data.cutmix_loss(each.flatten(0, 1), own, pasted, kept, smoothing)
+        loss = loss + frame_loss * data.cutmix_loss(image_logits.flatten(0, 1), own, pasted, kept, smoothing)
     return loss
 
 
@@ -240,8 +257,8 @@ def train(args: argparse.Namespace) -> None:
                 shown = random_repeats(args.clips, args.frames, machine.device, run.generator)
             x, y, other, shown = vit.share(x), vit.share(y), vit.share(other), vit.share(shown)
             with run.machine.autocast():
-                logits, each = parallel(x, shown)  # [C, K], [C, F, K]
-            loss = clip_loss(logits, each, y, other, kept, args.smoothing, args.frame_loss)
+                logits, image_logits = parallel(x, shown)  # [C, K], [C, F, K]
+            loss = clip_loss(logits, image_logits, y, other, kept, args.smoothing, args.frame_loss)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -296,10 +313,10 @@ def clips_for_the_figure(model: FactorisedEncoder, images: Tensor, labels: Tenso
     shown = torch.arange(frames, device=images.device).expand(len(index), -1)  # [K, F]
     trace = []
     with torch.no_grad():
-        logits, each = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
+        logits, image_logits = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
     weights = trace[-1]["weights"].mean(dim=1)[:, 0]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F]
     arrays = {"images": images[index], "labels": labels[index[:, 0]], "weights": weights}
-    return arrays | {"guess": logits.argmax(1), "each": each.argmax(2)}
+    return arrays | {"guess": logits.argmax(1), "each": image_logits.argmax(2)}
 
 
 def load_video(path: str) -> FactorisedEncoder:
@@ -317,7 +334,7 @@ def load_video(path: str) -> FactorisedEncoder:
 
 
 def main() -> None:
-    parents = [vit.common_arguments(), vit.training_arguments(epochs=25, muon=2e-3, adamw=1e-3)]
+    parents = [vit.common_arguments(), vit.training_arguments(epochs=25, muon=4e-3, adamw=1e-3)]
     raw, yes_no = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, parents=parents)
     add = p.add_argument

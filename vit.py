@@ -933,8 +933,9 @@ def record(args: argparse.Namespace, name: str, machine: Machine, source, **row)
             versions[package] = metadata.version(package)
     launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
     where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
+    where |= {"provenance": source.provenance}
     results, name = read_results(args.out), row_name(args, name)
-    results |= {"dataset": source.name, "provenance": source.provenance, "versions": versions} | where
+    results |= {"dataset": source.name, "versions": versions}
     typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv]), "code": code_version()}
     results["rows"][name] = where | row | typed
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())

@@ -56,6 +56,13 @@ def look_up(results: dict, path: str):
     return results
 
 
+def of_the_run(results: dict, key: str):
+    """An entry of a run: its own, or what its rows say."""
+    own = look_up(results, key)
+    found = dict.fromkeys(str(row[key]) for row in results["rows"].values() if key in row)
+    return own if own is not None else ", ".join(found) or None
+
+
 def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
     """One number as text; runs: name of a run -> its results.json; row "": an entry of the run itself."""
     found, reported = [], analysis.REPORTED | multimodal.REPORTED
@@ -63,7 +70,7 @@ def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> 
         if profile == "report":
             found.append(look_up(results, f"rows.{row}.report") or reported.get(row))
         elif profile in name.split("-"):
-            found.append(look_up(results, f"rows.{row}.{key}" if row else key))
+            found.append(look_up(results, f"rows.{row}.{key}") if row else of_the_run(results, key))
     found = [value for value in found if value is not None]
     if not found:
         return "not measured"

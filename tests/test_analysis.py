@@ -1,11 +1,15 @@
 """CKA against Gram matrices, and the measures of the similarity maps."""
 
+import argparse
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import call
 
 import analysis
+import data
 
 
 def brute_force_cka(x, y, debiased):
@@ -121,3 +125,65 @@ def test_nearest_neighbours_vote():
 def test_colour_map_ends_are_viridis():
     found = analysis.colour(np.array([0.0, 1.0, 0.5]))
     assert found.tolist() == [[68, 1, 84], [253, 231, 37], [33, 144, 141]]
+
+
+def results(folder, **row):
+    """A results.json with one row."""
+    usual = {"value": 0.5, "split": "test", "images": "a", "code": "b", "precision": "float32"}
+    usual |= {"command": f"python ssl.py probe --out {folder.name} --split test --seed 0"}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"rows": {"m_probe": usual | row}}))
+
+
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(tmp_path):
+    results(tmp_path / "run", value=0.1)
+    for seed, value in ((1, 0.2), (2, 0.3)):
+        command = f"python ssl.py probe --out run-seed{seed} --split test --seed {seed}"
+        results(tmp_path / f"run-seed{seed}", value=value, command=command)
+    results(tmp_path / "run-seed1-backup", value=0.9)
+    results(
+        tmp_path / "run-seed3", command="python ssl.py probe --out run-seed3 --split test --seed 3 --stem"
+    )
+    for seed, other in enumerate([{"images": "c"}, {"code": "c"}, {"precision": "bfloat16"}], start=4):
+        command = f"python ssl.py probe --out run-seed{seed} --split test --seed {seed}"
+        results(tmp_path / f"run-seed{seed}", command=command, **other)
+    args = argparse.Namespace(out=tmp_path / "run", split="test")
+    assert analysis.over_seeds(args, "m_probe") == [0.1, 0.2, 0.3]
+
+
+def test_a_mixture_of_machines_is_said_to_be_one():
+    rows = {"a": {"precision": "float32", "seed": 0}, "b": {"precision": "bfloat16", "seed": 0}}
+    assert analysis.values_of(rows, "seed") == "0"
+    assert "float32, or bfloat16 (A MIXTURE" in analysis.values_of(rows, "precision")
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_letters_are_drawn_or_spelled_but_never_boxes(system, monkeypatch):
+    if not system:
+        monkeypatch.setattr(analysis, "FONTS", ["no such font.ttf"])
+    analysis.legible.cache_clear()
+    for words, plain in [("Bär", "Bar"), ("señal, été", "senal, ete"), ("Straße", "Strasse"), ("кот", "???")]:
+        shown, font = analysis.legible(words, 13)
+        assert not analysis.lacks(font, shown) and shown in (words, plain)
+        assert system or shown == plain
+    analysis.legible.cache_clear()
+
+
+def test_with_very_few_images_every_angle_still_has_its_example(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_, **__: data.synthetic(2))
+    args = argparse.Namespace(data="synthetic", seed=0)
+    assert analysis.task_examples(args, 8)[-1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_figure_says_what_it_needs_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
+    few = "--data synthetic --limit 30 --device cpu --out".split() + [tmp_path]
+    drawn = call("analysis.py", "figures", *few)
+    assert "maps: not drawn, as it needs maps.npz, maps_before, maps_after" in drawn
+    assert "captions: not drawn, as it needs fusion_tiny.npz, fusion_tiny_image_only.npz" in drawn
+
+    def broken(_):
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(analysis.FIGURES, "patches", (broken, []))
+    with pytest.raises(KeyError, match="a bug"):
+        call("analysis.py", "figures", *few)

@@ -74,7 +74,7 @@ def test_links_lead_somewhere(page):
 
 def test_pictures_are_small():
     pictures = list((ROOT / "results" / "figures").iterdir())
-    assert {p.stem for p in pictures} == {*analysis.FIGURES, "learning"}
+    assert {p.stem for p in pictures} <= {*analysis.FIGURES, "learning"}
     assert sum(p.stat().st_size for p in pictures) < 3e6
     assert (ROOT / "results" / "figures" / "learning.gif").stat().st_size < 5e5
 

@@ -89,10 +89,53 @@ def test_python3_that_is_too_old_can_be_replaced_by_name(bare):
 
 def test_colab_is_installed_into_as_it_can_make_no_venv(bare):
     folder, env = bare
-    fake(folder / "bin/python3", 'case "$*" in *--dry-run*) exit 1 ;; *install*) echo installed; esac')
+    has_not = "*importlib.metadata*) exit 1 ;;"
+    fake(folder / "bin/python3", f'case "$*" in {has_not} *install*) echo installed; esac')
     fake(folder / "bin/python", "echo the tests run")
     text = bash("test", code=0, folder=folder, env=env)
     assert "into this notebook's environment" in text and "installed" in text and "the tests run" in text
+
+
+def test_an_active_environment_without_pip_is_used_as_it_is(bare):
+    """As uv makes them; and pip before 22.2, Ubuntu 22.04's, can't tell what is missing."""
+    folder, env = bare
+    fake(folder / "bin/python", 'case "$*" in *pip*) exit 1 ;; *pytest*) echo the tests run ;; esac')
+    text = bash("test", code=0, folder=folder, env=env | {"VIRTUAL_ENV": str(folder)})
+    assert "the tests run" in text and "installing" not in text
+
+
+@pytest.mark.parametrize("blip, code", [(0, 0), (3, 0), (1, 1), (130, 130)])
+def test_only_a_blip_that_can_not_be_had_is_replaced_by_the_small_one(bare, blip, code):
+    """Not one that was stopped by Ctrl-C or a full disk: everything after it would be trained on other
+    captions."""
+    folder, env = bare
+    no_gpu = "*torch.ones*) exit 1 ;;"
+    fake(folder / "bin/python", f'case "$*" in {no_gpu} *"caption --captioner blip"*) exit {blip} ;; esac')
+    captions = folder / "runs/cifar10-laptop/captions_blip.jsonl"
+    captions.parent.mkdir(parents=True)
+    captions.touch()
+    (folder / "data").mkdir()
+    text = bash("laptop", code=code, folder=folder, env=env | {"VIRTUAL_ENV": str(folder)})
+    assert ("captions_tiny.jsonl" in text) == (blip == 3)
+    assert ("multimodal.py fuse" in text) == (code == 0)
+
+
+@pytest.mark.parametrize("code, goes_on", [(3, True), (1, False), (130, False)])
+def test_only_without_a_network_drawn_shapes_take_the_images_place(bare, code, goes_on):
+    folder, env = bare
+    fake(folder / "bin/python", f'case "$*" in *torch.ones*) exit 1 ;; "data.py"*) exit {code} ;; esac')
+    text = bash("quick", code=0 if goes_on else code, folder=folder, env=env | {"VIRTUAL_ENV": str(folder)})
+    assert ("SYNTHETIC SHAPES" in text) == goes_on
+
+
+def test_once_a_gpu_is_found_its_stages_ask_for_it_by_name(bare):
+    """Else a GPU that is full for a moment would let a stage go on on the CPU, for hours."""
+    folder, env = bare
+    fake(folder / "bin/python", "exit 0")
+    (folder / "data").mkdir()
+    text = bash("quick", code=0, folder=folder, env=env | {"VIRTUAL_ENV": str(folder)})
+    stages = [line for line in text.splitlines() if line.startswith("$ ") and "data.py" not in line]
+    assert len(stages) > 10 and all("--device cuda" in line for line in stages)
 
 
 def test_shell_scripts_keep_their_line_ends_on_windows():

@@ -476,6 +476,28 @@ def test_a_gpu_without_kernels_in_this_torch_is_left_alone(monkeypatch, capsys):
         vit.set_up("cuda", "float32")
 
 
+def test_under_torchrun_a_gpu_that_is_not_there_ends_every_process_with_a_sentence(monkeypatch):
+    """More processes than GPUs: a second one that went on on the CPU would let the first wait for ever."""
+
+    def zeros(*shape, device="cpu", zeros=torch.zeros):
+        if device == "cuda:1":
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        return zeros(*shape, device="cpu")
+
+    monkeypatch.setattr(vit, "PROCESSES", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(SystemExit, match="'cuda:1' can't be used here .*ordinal.*fewer processes"):
+        vit.find_device("auto")
+
+
+def test_float32_on_a_gpu_is_float32():
+    """Not TF32, with 10 bits, which the rows would call float32, too."""
+    assert "set_float32_matmul_precision" not in (ROOT / "vit.py").read_text()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_disk_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch):
     def acquire(*_, **__):
         raise NotImplementedError("FileSystem does not appear to support flock")
