@@ -57,7 +57,7 @@ def info_nce(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     nearest neighbour in the batch is the other view of their image. It is plain classification: among the 2B
     - 1 other views, which is my partner? The score is the cosine, divided by the temperature: the lower it
     is, the more the few views count that look most like me, and the less all others. SimCLR finds 0.5 best
-    when trained to convergence; here, in few epochs, TEMPERATURE.
+    when trained to convergence; in few epochs a lower one learns faster (results/tuning.md).
     """
     z = F.normalize(z.float(), dim=1)  # length one, so that products are cosines
     scores = z @ z.T / temperature  # [2B, 2B]
@@ -75,7 +75,7 @@ def two_views(images: Tensor, generator: Generator | None) -> Tensor:
 def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machine, settings: dict):
     """Train the encoder to know an image again in another view; writes out/NAME.pt."""
     model = vit.Contrastive(encoder).to(machine.device)
-    parallel = vit.data_parallel(model)
+    parallel = vit.data_parallel(model)  # the model itself, unless several processes share the work
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
@@ -92,6 +92,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
                 z = parallel(x)  # [2B, E]
             loss, match = info_nce(vit.gather(z), args.temperature)
             loss.backward()
+            # a batch that the network finds absurd has a huge gradient; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -265,7 +266,11 @@ def pretrain(args: argparse.Namespace) -> None:
     train(args, encoder, images, machine, settings)
 
 
-# ---------------------------------------------------------------- Fine-tuning
+# ---------------------------------------------------------------- Fine-tuning Two habits against learning
+# the training images by heart. Label smoothing asks for 0.91 on the right class instead of 1 (Szegedy et al.
+# 2016; 0.1 is their value), so that logits need not grow for ever. CutMix pastes a piece of another image,
+# and asks for both classes by their shares of the pixels; half of the batches, as in Yun et al. 2019 for
+# CIFAR. It pays in long training only: run_all.sh leaves it out of the short ones.
 
 
 def finetune(args: argparse.Namespace) -> None:
