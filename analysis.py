@@ -37,10 +37,11 @@ from torch import Tensor
 import data
 import vit
 
-# ---------------------------------------------------------------- similarity maps Why cosines of tokens, and
-# not attention weights? A weight says how much one head of one block takes from a patch, whatever it then
-# makes of it; six blocks of four heads give 24 different maps. The cosine compares what has come out at the
-# end: which patches' tokens hold what CLS holds. (It is also what the coursework asks for.)
+# ---------------------------------------------------------------- similarity maps
+# Why cosines of tokens, and not attention weights? A weight says how much one head of one block takes from a
+# patch, whatever it then makes of it; six blocks of four heads give 24 different maps. The cosine compares
+# what has come out at the end: which patches' tokens hold what CLS holds. (It is also what the coursework
+# asks for.)
 
 
 def token_similarity(tokens: Tensor) -> Tensor:

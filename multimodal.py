@@ -558,10 +558,8 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
     steps = vit.steps_of(len(others), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name, files = f"tiny_blip_{fold}", vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    name = f"tiny_blip_{fold}"
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -614,8 +612,8 @@ def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: 
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, steps, args.warmup))
-    files, settings = vit.files_of(args), settings | {"epochs": 1}
-    run = vit.Run("tiny_clip", model, optimizer, schedule, machine, settings, 1, steps, args.batch, **files)
+    settings, plan = settings | {"epochs": 1}, vit.plan_of(args, steps) | {"epochs": 1}
+    run = vit.Run("tiny_clip", model, optimizer, schedule, machine, settings, **plan)
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -750,10 +748,7 @@ def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: C
     steps = vit.steps_of(len(train.images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    files = vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()

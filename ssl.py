@@ -79,10 +79,8 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name, files = args.name or "infonce", vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    name = args.name or "infonce"
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -125,10 +123,8 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name, files = args.name or "m", vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    name = args.name or "m"
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -160,10 +156,8 @@ def pretrain_joint(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, m
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name, files = args.name or "m_joint", vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    name = args.name or "m_joint"
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -211,10 +205,8 @@ def pretrain_part(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, ma
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name, files = args.name or "m", vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    name = args.name or "m"
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -266,11 +258,12 @@ def pretrain(args: argparse.Namespace) -> None:
     train(args, encoder, images, machine, settings)
 
 
-# ---------------------------------------------------------------- Fine-tuning Two habits against learning
-# the training images by heart. Label smoothing asks for 0.91 on the right class instead of 1 (Szegedy et al.
-# 2016; 0.1 is their value), so that logits need not grow for ever. CutMix pastes a piece of another image,
-# and asks for both classes by their shares of the pixels; half of the batches, as in Yun et al. 2019 for
-# CIFAR. It pays in long training only: run_all.sh leaves it out of the short ones.
+# ---------------------------------------------------------------- Fine-tuning
+# Two habits against learning the training images by heart. Label smoothing asks for 0.91 on the right class
+# instead of 1 (Szegedy et al. 2016; 0.1 is their value), so that logits need not grow for ever. CutMix
+# pastes a piece of another image, and asks for both classes by their shares of the pixels; half of the
+# batches, as in Yun et al. 2019 for CIFAR. It pays in long training only: run_all.sh leaves it out of the
+# short ones.
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -288,10 +281,7 @@ def finetune(args: argparse.Namespace) -> None:
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    files = vit.files_of(args)
-    run = vit.Run(
-        name, model, optimizer, schedule, machine, settings, args.epochs, steps, args.batch, **files
-    )
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -337,12 +327,13 @@ def predict(model: nn.Module, images: Tensor, machine: vit.Machine) -> Tensor:
         return torch.cat([model(x.float() / 255).float() for x in images.split(machine.eval_batch)])
 
 
-# ---------------------------------------------------------------- The linear probe What did the encoder
-# learn? Freeze it, and let a linear layer read the classes off its features. Linear, since that can only
-# find what is already laid out plainly; a deeper head would learn the task itself, and be what is measured.
-# Of two features, as they are taught by different losses: CLS by InfoNCE and the angle, the patch tokens by
-# repainting. With three decays, since the best one depends on how many labels there are, and accuracy
-# changes so slowly with it that a factor of ten between them is enough. Validation images choose.
+# ---------------------------------------------------------------- The linear probe
+# What did the encoder learn? Freeze it, and let a linear layer read the classes off its features. Linear,
+# since that can only find what is already laid out plainly; a deeper head would learn the task itself, and
+# be what is measured. Of two features, as they are taught by different losses: CLS by InfoNCE and the angle,
+# the patch tokens by repainting. With three decays, since the best one depends on how many labels there are,
+# and accuracy changes so slowly with it that a factor of ten between them is enough. Validation images
+# choose.
 
 DECAYS = (1e-4, 1e-3, 1e-2)
 

@@ -238,8 +238,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     settings = vit.settings_of(args, encoder, start=start, images=data.fingerprint(images, labels))
-    files, batch = vit.files_of(args), args.clips * args.frames
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, args.epochs, steps, batch, **files)
+    plan = vit.plan_of(args, steps, images=args.clips * args.frames)
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **plan)
 
     for epoch in range(run.epoch, run.epochs):
         model.train()

@@ -319,7 +319,9 @@ class Muon(torch.optim.Optimizer):
         M <- momentum M + (1 - momentum) gradient
         W <- W - lr decay W - lr 0.2 sqrt(max(rows, columns)) U V^T
 
-    U and V^T are those of M one step ahead, momentum M + (1 - momentum) gradient once more (Nesterov).
+    U and V^T are those of M one step ahead, momentum M + (1 - momentum) gradient once more (Nesterov). A
+    momentum of 0.95, a mean over about twenty steps, is Jordan's choice and was not tuned here.
+
     All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about
     1 / sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is what an entry of AdamW's
     step is on average (Liu et al. 2025, section 2.2). So one learning rate, and one decay, serve both.
@@ -397,18 +399,20 @@ class Together(torch.optim.Optimizer):
 # (layers, layer) and open_clip's CLIP (resblocks)
 INSIDE = re.compile(r"(^|\.)(blocks?|temporal|layers?|resblocks|patch_embedding)\.")
 # weights that are several matrices on top of each other
-PARTS = {"qkv.weight": 3, "in_proj_weight": 3, "kv.weight": 2}
+PARTS = {".qkv.weight": 3, ".in_proj_weight": 3, ".kv.weight": 2}
 # rows are looked up in these, not multiplied
 TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|token)_embedding")
 
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, precision: str = "float32"):
-    """The optimiser "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all) of a
-    model. `precision`: "float32" or "bfloat16", of Muon's iterations.
+    """A model's optimiser: "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all).
+    `precision`: "float32" or "bfloat16", of Muon's iterations. To use another, write it in place of the call,
+    `torch.optim.SGD(model.parameters(), lr)`: schedule, checkpoint and resume take any.
 
-    Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; on biases, norms,
-    CLS and positions it would only do harm. 0.05 is what ViTs are usually trained with; AdamW's second beta
-    of 0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need.
+    Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
+    and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
+    0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need. Neither
+    was tuned.
     """
     inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
     for name, p in model.named_parameters():
@@ -859,9 +863,11 @@ def settings_of(args: argparse.Namespace, encoder: ViT | None = None, **more) ->
     return found | more
 
 
-def files_of(args: argparse.Namespace) -> dict:
-    """The options that say where a run's checkpoints lie and which are kept, for Run."""
-    return {"out": args.out, "fresh": args.fresh, "keep_epochs": args.keep_epochs}
+def plan_of(args: argparse.Namespace, steps: int, images: int | None = None) -> dict:
+    """What Run has to know of the options: epochs; `steps` of an epoch, `images` of a step (--batch); where
+    checkpoints lie, which are kept, and whether to start over."""
+    length = {"epochs": args.epochs, "steps": steps, "images": images or args.batch}
+    return length | {"out": args.out, "fresh": args.fresh, "keep_epochs": args.keep_epochs}
 
 
 def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
