@@ -922,7 +922,11 @@ TABLE = {
     "video_report_1_probe": ("linear probe of its image encoder", "m_joint_probe"),
     "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
     "video_muon": ("video, the report's clips, by Muon instead of AdamW", "video_report_1"),
-    "video_random": ("video, and 10 clips a step instead of 1, 10 times the learning rate", "video_muon"),
+    "video_random": (
+        "video, and 10 clips a step instead of 1, 10 times the learning rate",
+        "video_muon",
+        "video_report_1",
+    ),
     "video_balanced": ("video, and every class once a step", "video_random"),
     "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
     **language_rows("tiny"),

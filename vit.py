@@ -747,7 +747,7 @@ class Run:
         self.machine, self.settings, self.keep_epochs = machine, settings, keep_epochs
         self.epochs, self.images = epochs, images
         self.path = pathlib.Path(out) / f"{name}.pt"
-        self.code = code_version()
+        self.code = loaded_code()
         self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
         self.history = {}  # metric -> its mean in each epoch
         self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
@@ -765,17 +765,18 @@ class Run:
         """Go on from the checkpoint of an earlier start of this run; SystemExit where it was another run."""
         state = read_checkpoint(self.path)
         refuse_other_settings(self.path, state["settings"], self.settings)
-        edited = state["code"] != self.code
+        edited = edited_since(state["code"])
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         self.machine = self.machine._replace(precision=state["precision"])  # another would be another run
         if state["finished"]:
             self.epochs = self.epoch  # it may have been stopped early
-            note = "; the code has been edited since: --fresh trains anew" if edited else ""
+            note = f"; {edited} has been edited since: --fresh trains anew" if edited else ""
             print(f"{self.name}: finished before, taken from {self.path}{note}")
             return
         if edited:  # half a run with the old loss and half with the new would be neither
-            sys.exit(f"{self.path} is half a run of other code; undo the edit, or add --fresh to start over")
+            why = f"{edited} has been edited since the first half of {self.path} was trained"
+            sys.exit(f"{why}; undo the edit, or add --fresh to start over")
         # a random generator can't go on elsewhere
         refuse_other_settings(self.path, state, {"device": self.machine.device.type})
         self.optimizer.load_state_dict(state["optimizer"])
@@ -883,10 +884,10 @@ def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
 SOURCES = {}  # .py file -> hash of what was loaded from it, once it was loaded
 
 
-def code_version() -> str:
-    """A hash of this folder's code as it runs. SystemExit where a file has been edited since it was loaded:
-    a notebook runs on with the old one."""
-    here = pathlib.Path(__file__).resolve().parent
+def loaded_code() -> dict[str, str]:
+    """The .py files of this folder that are loaded, by name, with a hash of each. SystemExit where one has
+    been edited since it was loaded: a notebook runs on with the old one."""
+    here, found = pathlib.Path(__file__).resolve().parent, {}
     for name, module in sorted(sys.modules.items()):
         path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
         if path.parent != here or not path.is_file():
@@ -896,12 +897,19 @@ def code_version() -> str:
             SOURCES[path] = now
         if SOURCES.setdefault(path, now) != now:
             sys.exit(
-                f"{path.name} has been edited since it was loaded; restart Python (the notebook's kernel)"
+                f"{path.name} has been edited since it was loaded; restart Python (in a notebook: the kernel)"
             )
-    return hash_of(*(f"{path.name} {code}".encode() for path, code in sorted(SOURCES.items())))
+        found[path.name] = now
+    return found
 
 
-code_version()  # remember what has been loaded until now: this file, data.py
+def edited_since(before: dict[str, str]) -> str:
+    """The first file that was loaded before and now, and has another content now; "" where there is none."""
+    now = loaded_code()
+    return next((name for name in before if now.get(name, before[name]) != before[name]), "")
+
+
+loaded_code()  # remember what has been loaded until now: this file, data.py
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -942,7 +950,7 @@ def record(args: argparse.Namespace, name: str, machine: Machine, source, **row)
     where |= {"provenance": source.provenance}
     results, name = read_results(args.out), row_name(args, name)
     results |= {"dataset": source.name, "versions": versions}
-    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv]), "code": code_version()}
+    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv]), "code": loaded_code()}
     results["rows"][name] = where | row | typed
     write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(f"{name}: {row['value']:.4f}", flush=True)
@@ -954,7 +962,7 @@ def measured(args: argparse.Namespace, name: str, now: dict) -> bool:
     name = row_name(args, name)
     row = read_results(args.out)["rows"].get(name, {})
     same = all(row.get(key) == now[key] for key in ("weights", "images"))
-    known = same and row["code"] == code_version() and row["command"].endswith(shlex.join(sys.argv))
+    known = same and not edited_since(row["code"]) and row["command"].endswith(shlex.join(sys.argv))
     if known:
         print(f"{name}: {row['value']:.4f}, measured before", flush=True)
     return known
@@ -1025,7 +1033,7 @@ def command(parser: argparse.ArgumentParser, source) -> None:
     if hasattr(args, "usual_lr"):
         usual = vars(args).pop("usual_lr")
         args.lr = usual[args.optimizer] if args.lr is None else args.lr
-    code_version()
+    loaded_code()
     out = pathlib.Path(args.out)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr

@@ -58,9 +58,10 @@ def look_up(results: dict, path: str):
 
 def of_the_run(results: dict, key: str):
     """An entry of a run: its own, or what its rows say."""
-    own = look_up(results, key)
-    found = dict.fromkeys(str(row[key]) for row in results["rows"].values() if key in row)
-    return own if own is not None else ", ".join(found) or None
+    if key in ("seed", "device", "precision", "provenance") and key not in results:
+        found = dict.fromkeys(str(row[key]) for row in results["rows"].values() if key in row)
+        return ", ".join(found) or None
+    return look_up(results, key)
 
 
 def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
@@ -114,7 +115,8 @@ def whole_table(runs: dict[str, dict]) -> str:
         times = [entry(runs, profile, row, "seconds") for profile in ("laptop", "full")]
         commands = [entry(runs, profile, row, "command") for profile in ("laptop", "full")]
         command = next((f"`{command}`" for command in commands if command != "not measured"), "not measured")
-        cells = [row, what, *numbers, controls[0] if controls else "", *times]
+        there = [c for c in controls if {number(runs, p, c) for p in ("laptop", "full")} != {"not measured"}]
+        cells = [row, what, *numbers, there[0] if there else "", *times]
         if row != "fusion_blip":
             cells = [cell.replace("not measured", "") for cell in cells]
         lines.append("| " + " | ".join([*cells, command]) + " |")

@@ -1,11 +1,13 @@
 """What the pages people read promise: every number is in results.json, every command exists with these
 options."""
 
+import codeop
 import importlib
 import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, load
@@ -108,13 +110,38 @@ def test_readmes_recipe_for_images_of_ones_own_works(tmp_path, monkeypatch):
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
         folder = tmp_path / "photos" / data.SHAPES[label]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        pixels = image.permute(1, 2, 0).numpy()
+        if i % 2:  # a camera held sideways: the picture lies on its side, and the file says so
+            note = Image.Exif()
+            note[0x0112] = 6
+            Image.fromarray(np.rot90(pixels).copy()).save(folder / f"{i}.png", exif=note)
+        else:
+            Image.fromarray(pixels).save(folder / f"{i}.PNG")
+    (tmp_path / "photos/.ipynb_checkpoints").mkdir()  # strangers
+    (tmp_path / "photos/ring/.DS_Store").write_bytes(b"x")
+    (tmp_path / "photos/ring/notes.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     mine = load(tmp_path / "data_with_photos.py")
     splits = [mine.load("photos", split) for split in ("train", "validation", "test")]
     assert [len(x) for x, _ in splits] == [48, 6, 6] and mine.source("photos").classes == sorted(data.SHAPES)
     found = torch.cat([x for x, _ in splits]).flatten(1)
     assert {*map(tuple, found.tolist())} == {*map(tuple, images.flatten(1).tolist())}
+
+
+def test_readmes_python_can_be_pasted_into_a_repl():
+    """Which ends a loop at an empty line, and takes no other statement right after one."""
+    for block in re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL):
+        if "def " in block or block.startswith("    "):
+            continue  # for a file
+        waiting = []
+        for line in [*block.splitlines(), ""]:
+            waiting.append(line)
+            if line == "" or len(waiting) == 1:
+                done = codeop.compile_command("\n".join(waiting))
+                waiting = [] if done else waiting
+            elif codeop.compile_command("\n".join(waiting)):
+                waiting = []
+        assert not waiting
 
 
 def test_readmes_python_runs(tmp_path, monkeypatch):
