@@ -343,7 +343,7 @@ def features(encoder: vit.ViT | None, images: Tensor, machine: vit.Machine) -> d
     [n, D]; without an encoder the pixels themselves, [n, 3*S*S]."""
     if encoder is None:
         return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
-    encoder.eval()
+    encoder.to(machine.device).eval()
     cls, mean = [], []
     for x in images.split(machine.eval_batch):
         with torch.no_grad(), machine.autocast():
