@@ -127,7 +127,7 @@ class StreamingCKA:
     Do two layers (or two networks) see the same images as alike? Their features can't be compared one by
     one: a network may turn or scale them at will and undo it in the next layer. But the Gram matrix X X^T
     [n, n] of a representation X [n, D], the similarity of each image with each, is blind to turns. Linear
-    CKA is the cosine of two Gram matrices. Before, X is centred: what all images have in common says nothing
+    CKA is the cosine of two Gram matrices. X is centred first: what all images have in common says nothing
     about them, but would make all Gram matrices alike. In feature space no n x n matrix is needed:
 
         CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
@@ -184,11 +184,13 @@ class StreamingCKA:
         x, y = self.sum.split(self.widths)[i], self.sum.split(self.widths)[j]  # [D_i], [D_j]
         if not debiased:
             return (xy - torch.outer(x, y) / n).square().sum()  # xy centred: X^T Y
-        own_x, own_y = self.own_z[j].split(self.widths)[i], self.own_z[i].split(self.widths)[j]
-        own_own = self.own_own[i, j]
-        # K and L: the Gram matrices of i and j, without their diagonals; 1: a vector of ones
-        trace = xy.square().sum() - own_own  # tr(K L)
-        middle = x @ xy @ y - own_x @ x - own_y @ y + own_own  # 1^T K L 1
+        # k, l [n]: each image's similarity with itself in X and in Y, the diagonals of X X^T and Y Y^T
+        xl = self.own_z[j].split(self.widths)[i]  # X^T l, [D_i]
+        yk = self.own_z[i].split(self.widths)[j]  # Y^T k, [D_j]
+        kl = self.own_own[i, j]  # k^T l
+        # K and L: X X^T and Y Y^T without their diagonals; 1: a vector of ones; x = X^T 1, y = Y^T 1
+        trace = xy.square().sum() - kl  # tr(K L)
+        middle = x @ xy @ y - xl @ x - yk @ y + kl  # 1^T K L 1 = (X x - k)^T (Y y - l)
         total_k = x @ x - xx.trace()  # 1^T K 1
         total_l = y @ y - yy.trace()  # 1^T L 1
         return trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * middle
@@ -233,7 +235,7 @@ def cka(args: argparse.Namespace) -> None:
         vit.record(args, f"{name}_{when}", machine, source, **row, **about, number=len(images))
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- drawing (from here on it may be skipped)
 # A figure is boxes (Pillow images) in rows and columns; `grid` puts them there.
 
 Box = Image.Image
@@ -366,6 +368,8 @@ def scale_bar(low: float, high: float, label: str) -> Box:
 
 def round_ticks(low: float, high: float) -> np.ndarray:
     """At most 7 round numbers, 1, 2 or 5 times a power of ten apart, between low and high."""
+    if low == high:
+        return np.array([low])
     step = 10.0 ** math.floor(math.log10((high - low) / 6))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
@@ -576,7 +580,7 @@ def history_of(args: argparse.Namespace, name: str) -> dict[str, list]:
     """Metric -> its value in every epoch, shares in percent; empty where there is no such checkpoint."""
     path = pathlib.Path(args.out) / f"{name}.pt"
     history = vit.read_checkpoint(path)["history"] if path.exists() else {}
-    for metric in history.keys() - {"loss", "mse"}:
+    for metric in history.keys() & (METRICS.keys() - {"mse"}):
         history[metric] = [100 * value for value in history[metric]]
     return history
 
@@ -586,7 +590,7 @@ def draw_curves(args: argparse.Namespace):
     panels = {}  # title -> run -> its line
     for name, loss in LOSSES.items():
         for metric, line in history_of(args, name).items():
-            title = f"loss: {loss}" if metric == "loss" else METRICS[metric]
+            title = f"loss: {loss}" if metric == "loss" else METRICS.get(metric, metric)
             lines = panels.setdefault(title, {run: [] for run in LOSSES})
             lines[name] = line
     boxes = [chart(title, lines) for title, lines in panels.items()]
@@ -610,7 +614,8 @@ def draw_optimizers(args: argparse.Namespace):
             lines[optimizer] = history_of(args, name).get(metric, [])
             seconds[optimizer] = vit.read_checkpoint(pathlib.Path(args.out) / f"{name}.pt")["seconds"]
         rows.append([chart(f"{title}, by epoch", lines), chart("the same, by seconds", lines, ends=seconds)])
-    caption = """The same training by two optimisers, each at its own best learning rate (results/tuning.md).
+    caption = """The same training by two optimisers, each at the best of the learning rates
+    that were tried (results/tuning.md).
     At the left by epochs; at the right by seconds on this run's machine: a step of Muon takes a little
     longer. Partner found: in training; accuracy: on held-out images."""
     return "What does the optimiser bring?", caption, grid(rows, 28, x=0)
@@ -994,8 +999,6 @@ def report(args: argparse.Namespace) -> None:
     results, rows, out = vit.read_results(args.out), rows_of(args), pathlib.Path(args.out)
     if not rows:
         sys.exit(f"{out} has no rows of the {args.split} split yet; `bash run_all.sh` runs what writes them")
-    if args.seconds:
-        results["seconds"] = args.seconds
     variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
     if variants:
         best = max(variants, key=lambda name: rows[name]["validation"])
@@ -1004,7 +1007,8 @@ def report(args: argparse.Namespace) -> None:
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     table = [["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]]
-    for name, (what, *controls) in TABLE.items():
+    others = {name: ("",) for name in rows if name not in TABLE}
+    for name, (what, *controls) in (TABLE | others).items():
         if name not in rows:
             continue
         row = rows[name]
@@ -1057,7 +1061,6 @@ def main() -> None:
     add("what", nargs="+", choices=list(stages), help="one of these, or several, one after another")
     add("--before", help="maps, cka: checkpoint before fine-tuning (default: OUT/m_joint.pt)")
     add("--after", help="maps, cka: checkpoint after fine-tuning (default: OUT/finetune.pt)")
-    add("--seconds", type=int, help="report: how long the whole run took, where it ran in one go")
 
     def run(args: argparse.Namespace) -> None:
         """The stages that the command line names, one after another."""

@@ -6,8 +6,8 @@ Part 3, batches:                    shuffled batches, SameClassBatchSampler
 Part 4, which images:               load, source (the one place to change for other images)
 Part 5, disk and network (may be skipped):   download, unpack, check; the synthetic stand-in
 
-The whole data set (180 MB) lives on the device as one uint8 tensor and every augmentation is a few tensor
-operations on the whole batch, so there are no worker processes and a GPU never waits for the CPU.
+A split lives on the device as one uint8 tensor (all three: 180 MB), and every augmentation is a few tensor
+operations on the whole batch, so there are no worker processes, and no batch is copied to a GPU.
 
 Depends on torch and numpy: copy this file alone.
 
@@ -50,7 +50,8 @@ def uniform(like: Tensor, low: float, high: float, generator: Generator | None, 
 
 
 def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) -> Tensor:
-    """Random shift by up to `pad` pixels with reflection at the border, and a random mirror image.
+    """Random shift by up to `pad` pixels (4, as in He et al. 2016, section 4.2) with reflection at the
+    border, and a random mirror image.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1].
     Nothing is padded or cropped: each output row and column looks up the input row and column it comes from.
@@ -70,7 +71,8 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A,
-    which crops down to 0.08 of the area; from 32 pixels that leaves 9, hence 0.2 here.)
+    which
+    crops down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
@@ -400,7 +402,7 @@ def download(url: str, path: pathlib.Path, size: int) -> None:
                     left = (size - have) * (time.perf_counter() - begun) / (have - start)
                     print(f"\r{have // 10**6} of {size // 10**6} MB, {left:.0f} s left  ", end="", flush=True)
         except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise  # the disk is full, the quota spent, the folder another's
             reason = getattr(error, "reason", error)
         time.sleep(1)  # a network that broke needs a moment

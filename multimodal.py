@@ -13,7 +13,8 @@ Part 4, without downloads:               a small BLIP and a small CLIP of the sa
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
 Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
-and vit.init_linear.) `tiny` is for where BLIP and CLIP can't be downloaded:
+and vit.init_linear.) `tiny` is for where BLIP can't be
+downloaded, or would take a night:
 
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 4 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import errno
 import functools
 import json
 import logging
@@ -174,6 +176,8 @@ def load_blip(name: str, revision: str | None, device: torch.device):
         processor = transformers.BlipProcessor.from_pretrained(name, revision=revision)
         model, found = load(name, revision=revision, output_loading_info=True)
     except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"can't store the captioner {name}: {error.strerror}; make room, type the same command")
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
         print(f"can't load the captioner {name} ({first_line(error)}); {advice}", file=sys.stderr)
         sys.exit(NO_BLIP)
@@ -206,7 +210,8 @@ def pixel_values(processor, images: Tensor) -> Tensor:
 
 
 def describe(model, processor, images: Tensor, machine: vit.Machine) -> list[str]:
-    """The captions, of at most 20 tokens each, of uint8 images [n, 3, S, S]; each word the likeliest next."""
+    """The captions, of at most 20 tokens each (as in BLIP's own captioning), of uint8 images [n, 3, S, S];
+    each word the likeliest next."""
     longest = min(20, model.config.text_config.max_position_embeddings - 1)  # small BLIPs have few positions
     with torch.no_grad(), machine.autocast():
         pixels = pixel_values(processor, images)
@@ -216,7 +221,7 @@ def describe(model, processor, images: Tensor, machine: vit.Machine) -> list[str
 
 def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
     """A caption file's header, and its captions by image. One JSON object a line: first what made them, then
-    {"image", "split", "index", "caption"}. SystemExit if it is no such file.
+    {"image", "caption"}. SystemExit if it is no such file.
 
     An image is known by a hash of its pixels (data.image_keys), not by its number: the same data set may be
     in another order on another machine, and then every caption would belong to another image.
@@ -224,7 +229,9 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
     try:
         *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError:
-        sys.exit(f"there is no caption file {path}; `python multimodal.py caption` writes one")
+        sys.exit(
+            f"there is no caption file {path}; `python multimodal.py caption --captioner tiny` writes one"
+        )
     if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
         lines.append(last)
     try:
@@ -236,13 +243,9 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
         sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
 
 
-def write_captions(path: pathlib.Path, header: dict, captions: dict[str, str], keys: dict[str, list]) -> None:
-    """The inverse of read_captions, all or nothing. keys: split -> its images' keys, in order."""
-    lines = [header]
-    for split, of_split in keys.items():
-        for index, key in enumerate(of_split):
-            if key in captions:
-                lines.append({"image": key, "split": split, "index": index, "caption": captions[key]})
+def write_captions(path: pathlib.Path, header: dict, captions: dict[str, str]) -> None:
+    """The inverse of read_captions, all or nothing."""
+    lines = [header] + [{"image": key, "caption": caption} for key, caption in captions.items()]
     vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
@@ -289,8 +292,11 @@ def small_blips(out: str, images: Tensor, labels: Tensor) -> list[str]:
         written = pathlib.Path(folder, "model.safetensors").exists()
         state = vit.read_checkpoint(f"{folder}.pt") if written else None
         if not written or not state["finished"] or state["settings"] != settings:
-            sys.exit(f"{folder} is not trained yet; `python multimodal.py tiny --out {out}` does it")
-    vit.refuse_other_settings(first, settings, {"images": data.fingerprint(images, labels)})
+            train = f"python multimodal.py tiny --checkpoint ENCODER.pt --out {out}"
+            sys.exit(f"{folder} is not trained yet; `{train}` does it")
+    if settings["images"] != data.fingerprint(images, labels):
+        again = f"python multimodal.py tiny --fresh --checkpoint ENCODER.pt --out {out}"
+        sys.exit(f"{first} was made with another images (--data or --limit); `{again}` makes it of these")
     return folders
 
 
@@ -319,6 +325,8 @@ def caption(args: argparse.Namespace) -> None:
     if path.exists() and not args.fresh:
         before, captions = read_captions(path)
         vit.refuse_other_settings(path, before, header)
+        if captions and not any(key in captions for split in SPLITS for key in keys[split]):
+            sys.exit(f"{path} holds captions of other images only; --fresh replaces them, --name keeps them")
 
     load = functools.cache(load_blip)  # once each, when it is needed
     saved = time.perf_counter()
@@ -326,7 +334,7 @@ def caption(args: argparse.Namespace) -> None:
         left = [i for i, key in enumerate(keys[split]) if key not in captions]
         progress = vit.Progress(f"{split} captions", len(left))
         for fold, folder in enumerate(models):
-            own = [i for i in left if fold == captioner_of(i, len(models), args.seen)]
+            own = [i for i in left if fold == fold_of_captioner(i, len(models), args.seen)]
             for start in range(0, len(own), args.batch):
                 index = own[start : start + args.batch]
                 model, processor = load(folder, args.revision, machine.device)
@@ -334,12 +342,12 @@ def caption(args: argparse.Namespace) -> None:
                 captions |= {keys[split][i]: text for i, text in zip(index, found)}
                 progress.advance(len(index))
                 if time.perf_counter() - saved > 10:  # seconds: no accident costs more
-                    write_captions(path, header, captions, keys)
+                    write_captions(path, header, captions)
                     saved = time.perf_counter()
         if left:
-            write_captions(path, header, captions, keys)
+            write_captions(path, header, captions)
 
-    row = {"captioner": args.captioner, "model": header["model"], "weights": vit.hash_of_files(path)}
+    row = {"captioner": args.captioner, "model": header["model"], "words": vit.hash_of_files(path)}
     row["images"] = data.fingerprint(images[args.split], labels[args.split])
     for split in dict.fromkeys(("train", "validation", args.split)):  # test: only if asked
         named = [named_class(captions[key], about.classes) for key in keys[split]]
@@ -349,7 +357,7 @@ def caption(args: argparse.Namespace) -> None:
     vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
 
 
-def captioner_of(index: int, folds: int, seen: bool) -> int:
+def fold_of_captioner(index: int, folds: int, seen: bool) -> int:
     """Which of the small BLIPs captions the image of this number: that of its own fold, which was trained on
     all others and has not seen it (see Part 4), or, to see what that is good for, the next, which has."""
     fold = index % folds
@@ -373,7 +381,7 @@ def load_clip(name: str, weights: str | None):
         hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
         advice = "name a file with --clip-weights"
         if local:
-            advice = "`python multimodal.py tiny` trains one into --out"
+            advice = "`python multimodal.py tiny --checkpoint ENCODER.pt` trains one into --out"
         elif hub:
             advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
         sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
@@ -428,15 +436,12 @@ def embed(args: argparse.Namespace) -> None:
         some = new[start : start + 256]
         embedded |= embed_words(model, tokenizer, some)
         progress.advance(len(some))
-    vit.write_tensors(path, {"clip": clip, "embedded": halved(embedded)})
+    # in float16, and as views of one tensor, which torch.save writes as one piece of the file
+    lengths = [len(states) for _, states in embedded.values()]
+    pieces = torch.cat([states for _, states in embedded.values()]).half().split(lengths)
+    embedded = {caption: (words, piece) for (caption, (words, _)), piece in zip(embedded.items(), pieces)}
+    vit.write_tensors(path, {"clip": clip, "embedded": embedded})
     print(f"wrote {path}")
-
-
-def halved(embedded: dict[str, tuple[str, Tensor]]) -> dict[str, tuple[str, Tensor]]:
-    """The same in float16, and as views of one tensor, which torch.save writes as one piece of the file."""
-    states = torch.cat([states for _, states in embedded.values()]).half()  # [all words, E]
-    pieces = states.split([len(states) for _, states in embedded.values()])
-    return {caption: (words, piece) for (caption, (words, _)), piece in zip(embedded.items(), pieces)}
 
 
 def embeddings_path(out: str, captions: str) -> pathlib.Path:
@@ -469,7 +474,7 @@ def sentences(images: Tensor, labels: Tensor, classes: list[str]) -> list[str]:
     images: uint8 [n, 3, S, S], labels [n].
 
     Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has
-    another colour. The class word comes first, as the words before it can't help to find it. The two
+    another colour. The class word comes first, so that no word before it hints at it. The two
     thresholds (another colour: 0.2 from the ground's; grey: channels within 0.06) were set by looking at 50
     images, and nothing depends on them but these words.
     """
@@ -552,14 +557,16 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
     ids = ids.to(machine.device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
     weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)  # [V], V words in all
-    weight[-len(classes) :] = 8.0  # of eight words the one that is hard to find: as much as all others
+    weight[-len(classes) :] = (
+        8.0  # of seven words and the end the one that is hard: about as much as all others
+    )
     others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
 
     steps = vit.steps_of(len(others), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     name = f"tiny_blip_{fold}"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -592,6 +599,7 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
         sys.exit(f"can't write {folder} ({first_line(error)}); free some space, then type the same command")
 
 
+# small enough to train in a minute; not tuned
 SMALL_CLIP = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
@@ -612,7 +620,7 @@ def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: 
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, steps, args.warmup))
-    settings, plan = settings | {"epochs": 1}, vit.plan_of(args, steps) | {"epochs": 1}
+    plan = vit.plan_of(args, steps, args.batch) | {"epochs": 1}
     run = vit.Run("tiny_clip", model, optimizer, schedule, machine, settings, **plan)
 
     for _ in range(run.epoch, run.epochs):
@@ -652,7 +660,11 @@ def tiny(args: argparse.Namespace) -> None:
     patch = encoder.config["patch_size"]
     if args.enlarge % patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
-    truth = sentences(images, labels, data.source(args.data).classes)
+    classes = data.source(args.data).classes
+    for name in classes:
+        if not re.fullmatch("[a-z]+", name):
+            sys.exit(f"captions need classes of one word in small letters, a to z; rename {name!r}")
+    truth = sentences(images, labels, classes)
     for fold in range(args.folds):
         train_small_blip(args, settings, fold, encoder, images, truth, machine)
     train_small_clip(args, settings, images, truth, machine)
@@ -748,7 +760,7 @@ def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: C
     steps = vit.steps_of(len(train.images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -808,6 +820,7 @@ def main() -> None:
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
+    # more folds: more images for each BLIP, but one training more each
     add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
     add("--enlarge", type=int, default=48, help="pixels to which images are enlarged (default: %(default)s)")
     add("--frozen", type=int, help="blocks of the image tower that are not trained (default: none)")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole experiment, top to bottom. Each stage prints its command, which you can type as it stands.
+# The whole experiment, top to bottom. Each stage prints its command, to be typed as it stands (after:
+# source .venv/bin/activate).
 #
 #   bash run_all.sh [quick|laptop|full|questions] [--data DIR] [--seed N] [--fresh]
 #   bash run_all.sh test
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
       [ "$1" = synthetic ] || data=$(cd "$1" >/dev/null 2>&1 && pwd) || fail "there is no folder $1" ;;
     --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--seed needs a number; $usage"; shift; seed=$1 ;;
     --fresh) fresh=yes ;;
-    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "don't know '$1'; $usage" ;;
   esac
   shift
@@ -68,7 +69,6 @@ else
   export PATH="$PWD/.venv/bin:$PATH"
 fi
 if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
-SECONDS=0  # what follows is the experiment
 
 # ---------------------------------------------------------------- profile, processes, images, folder
 gpu="" default=laptop
@@ -119,8 +119,6 @@ except BlockingIOError: sys.exit(1)
 except OSError as error: print(f"no locks on this disk ({error.strerror}): do not start two runs in one folder")
 ' || fail "another run_all.sh is working in $out; wait for it or stop it"
 [ -z "$fresh" ] || rm -rf $out/*
-timed=""
-[ -e $out/results.json ] || [ -n "$questions" ] || timed=yes  # from nothing to the end
 common=(--out $out --split test --seed $seed)
 [ -z "$gpu" ] || common+=(--device cuda)  # by name: a GPU that is full for a moment must not mean hours on the CPU
 [ "$data" = data ] || common+=(--data "$data")
@@ -159,7 +157,8 @@ fi
 # ---------------------------------------------------------------- stage 2: pseudo-videos
 train_as_the_report() {
   # the report says: one clip a step, no loss but the clip's; the rest (optimiser, learning rate, augmentation,
-  # smoothing) it leaves open, and its start is another Model M. AdamW is the likeliest guess
+  # smoothing) it leaves open, and its start is another Model M. AdamW is the likeliest guess; its learning rate: a
+  # tenth of the usual one, as a step sees a tenth of the images
   for blocks in 1 2; do
     stage "the report's training: one clip a step; temporal blocks: $blocks" \
       python video.py --checkpoint $out/m_joint.pt --blocks $blocks --clips 1 --frame-loss 0 --no-repeats --no-balanced \
@@ -195,7 +194,7 @@ else
   esac
 fi
 if [ $captioner = tiny ]; then
-  stage "a small BLIP for each fold, a small CLIP, as the real ones can't be had here" \
+  stage "a small BLIP for each fold, a small CLIP, in place of the real ones" \
     $train multimodal.py tiny --checkpoint $out/m_joint.pt --epochs $epochs_captioner --frozen $frozen --enlarge $enlarge
   stage "a caption for every image" python multimodal.py caption --captioner tiny
 fi
@@ -229,7 +228,7 @@ if [ -n "$questions" ]; then
   stage "from scratch by AdamW" \
     $train ssl.py finetune --optimizer adamw --epochs $epochs_finetune --cutmix $cutmix --name finetune_scratch_adamw
 
-  # does pre-training pay, and with how many labels? (fewer labels get more epochs, but fewer steps)
+  # does pre-training pay, and with how many labels? (few or some: about 700 steps; all labels: 2,100)
   few="--labels 0.01 --epochs 50 --batch 32"
   some="--labels 0.1 --epochs 20"
   stage "from scratch, 1 % of the labels" $train ssl.py finetune $few --cutmix 0 --name finetune_scratch_1
@@ -266,8 +265,9 @@ if [ -n "$questions" ]; then
 
   # one temporal block or two, on the report's clips; and from there to our training (video_encoder_1), step by step
   train_as_the_report
+  # a tenth of the learning rate, as a step sees a tenth of the images
   stage "our optimiser" python video.py --checkpoint $out/m_joint.pt --clips 1 --frame-loss 0 --no-repeats --no-balanced \
-    --lr 2e-4 --epochs $epochs_video --name video_muon
+    --lr 4e-4 --epochs $epochs_video --name video_muon
   stage "ten clips a step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats --no-balanced \
     --epochs $epochs_video --name video_random
   stage "with every class in each step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats \
@@ -279,5 +279,5 @@ fi
 # ---------------------------------------------------------------- what was learned
 stage "where CLS looks, and what attention changes" \
   python analysis.py maps cka --before $out/m_joint.pt --after $out/finetune.pt
-stage "pictures, a moving picture, the table" python analysis.py figures movie report ${timed:+--seconds $SECONDS}
+stage "pictures, a moving picture, the table" python analysis.py figures movie report
 warn

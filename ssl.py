@@ -56,8 +56,8 @@ def info_nce(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     z: [2B, E], rows i and B + i being two views of the same image -> loss [], share of views [] whose
     nearest neighbour in the batch is the other view of their image. It is plain classification: among the 2B
     - 1 other views, which is my partner? The score is the cosine, divided by the temperature: the lower it
-    is, the more the few views count that look most like me, and the less all others. SimCLR finds 0.5 best
-    when trained to convergence; in few epochs a lower one learns faster (results/tuning.md).
+    is, the more the few views count that look most like me, and the less all others. SimCLR finds 0.5 best on
+    CIFAR-10 when trained to convergence (appendix B.9); in few epochs see results/tuning.md.
     """
     z = F.normalize(z.float(), dim=1)  # length one, so that products are cosines
     scores = z @ z.T / temperature  # [2B, 2B]
@@ -80,7 +80,7 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     name = args.name or "infonce"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -90,7 +90,8 @@ def pretrain_infonce(args: argparse.Namespace, encoder: vit.ViT, images: Tensor,
                 z = parallel(x)  # [2B, E]
             loss, match = info_nce(vit.gather(z), args.temperature)
             loss.backward()
-            # a batch that the network finds absurd has a huge gradient; 1 is the usual bound, not tuned
+            # a batch that the network finds absurd has a huge gradient, which would rule the momentum for
+            # twenty steps; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -124,7 +125,7 @@ def pretrain_m(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, machi
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     name = args.name or "m"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -157,7 +158,7 @@ def pretrain_joint(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, m
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     name = args.name or "m_joint"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -206,7 +207,7 @@ def pretrain_part(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, ma
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     name = args.name or "m"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -246,6 +247,8 @@ def pretrain(args: argparse.Namespace) -> None:
     in_parts = args.pretext != "both" or args.gap > 0
     if in_parts and (args.contrast or args.task == "infonce"):
         sys.exit("--pretext and --gap change Model M alone; leave out --contrast, and choose --task m")
+    if args.task == "infonce" and args.contrast:
+        sys.exit("--contrast adds InfoNCE to Model M; choose --task m, or leave it out")
     settings = vit.settings_of(
         args, encoder, start=vit.weights_of(args.init), images=data.fingerprint(images, labels)
     )
@@ -262,8 +265,8 @@ def pretrain(args: argparse.Namespace) -> None:
 # Two habits against learning the training images by heart. Label smoothing asks for 0.91 on the right class
 # instead of 1 (Szegedy et al. 2016; 0.1 is their value), so that logits need not grow for ever. CutMix
 # pastes a piece of another image, and asks for both classes by their shares of the pixels; half of the
-# batches, as in Yun et al. 2019 for CIFAR. It pays in long training only: run_all.sh leaves it out of the
-# short ones.
+# batches, as is usual for CIFAR (Yun et al. 2019). It pays in long training only: run_all.sh leaves it out
+# of the short ones.
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -281,7 +284,7 @@ def finetune(args: argparse.Namespace) -> None:
     steps = vit.steps_of(len(images), args.batch)
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps))
+    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -331,9 +334,8 @@ def predict(model: nn.Module, images: Tensor, machine: vit.Machine) -> Tensor:
 # What did the encoder learn? Freeze it, and let a linear layer read the classes off its features. Linear,
 # since that can only find what is already laid out plainly; a deeper head would learn the task itself, and
 # be what is measured. Of two features, as they are taught by different losses: CLS by InfoNCE and the angle,
-# the patch tokens by repainting. With three decays, since the best one depends on how many labels there are,
-# and accuracy changes so slowly with it that a factor of ten between them is enough. Validation images
-# choose.
+# the patch tokens by repainting. With three decays, a factor of ten apart, since the best one depends on how
+# many labels there are. Validation images choose.
 
 DECAYS = (1e-4, 1e-3, 1e-2)
 
@@ -357,7 +359,7 @@ def fit_linear(x: Tensor, y: Tensor, decay: float, classes: int = 10) -> nn.Line
     """Multinomial logistic regression of labels y [n] on features x [n, D].
 
     The problem is convex, so L-BFGS on all images at once heads for the one answer, from wherever it starts
-    (zero), and with no learning rate to choose. 100 iterations bring it so near that no image changes sides.
+    (zero), and with no learning rate to choose. It stops after 100 iterations.
     """
     layer = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(layer.weight)
@@ -429,10 +431,8 @@ def to_be_probed(path: str, args: argparse.Namespace) -> tuple[vit.ViT | None, d
         return None, {"weights": "", "epochs": 0, "seconds": 0.0}
     if path == "untrained":
         encoder = vit.make_encoder(None, args.patch, args.dim, args.stem)
-        weights, state = (
-            vit.hash_of_weights(encoder.state_dict()),
-            {"epoch": 0, "seconds": 0.0, "history": {}},
-        )
+        weights = vit.hash_of_weights(encoder.state_dict())
+        state = {"epoch": 0, "seconds": 0.0, "history": {}}
     else:
         encoder = vit.make_encoder(path, args.patch, args.dim, args.stem)
         weights, state = vit.weights_of(path), vit.read_checkpoint(path)

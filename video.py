@@ -59,7 +59,7 @@ class FactorisedEncoder(nn.Module):
         self.blocks = copy.deepcopy(encoder.blocks[-blocks:])
         self.norm = copy.deepcopy(encoder.norm)
         self.head = nn.Linear(dim, classes)
-        self.frame_head = nn.Linear(dim, classes)  # only for the per-frame loss in training
+        self.frame_head = nn.Linear(dim, classes)  # for the loss of every image by itself, and the figure
 
     def tokens(self, images: Tensor, shown: Tensor, trace: list | None = None):
         """images: [C, n, 3, S, S]; shown: [C, F], which of the clip's n images each frame shows
@@ -159,14 +159,15 @@ class FactorisedAttention(nn.Module):
 
 MODELS = {"encoder": FactorisedEncoder, "divided": FactorisedAttention}
 
-# ---------------------------------------------------------------- Clips 16 images of one class are easily
-# told: where half of them are recognised, a vote is nearly always right. Trained on that alone, the network
-# stops there: the loss is small and no longer says what is wrong with any single image. But a static video
-# has no other images to vote with. Hence two additions: clips have a random number of different images
-# (--repeats), from a static video to 16; and every image must also be classified by itself (--frame-loss).
-# Its weight of 16 counts each image as much as the clip. Said plainly: 16 of 17 parts of the loss then are
-# image classification, and that, not the clips, is what most of the accuracy comes from (results/report.md,
-# the last step of "Why did the report's two-block video model fall behind one?").
+# ---------------------------------------------------------------- Clips
+# Sixteen images of one class are easily told: where half of them are recognised, a vote is nearly always
+# right. Trained on that alone, the network stops there: the loss is small and no longer says what is wrong
+# with any single image. But a static video has no other images to vote with. Hence two additions: clips have
+# a random number of different images (--repeats), from a static video to 16; and every image must also be
+# classified by itself (--frame-loss). Its weight of 16 counts each image as much as the clip. Said plainly:
+# 16 of 17 parts of the loss then are image classification, and that, not the clips, is what most of the
+# accuracy comes from (results/report.md, the last step of "Why did the report's two-block video model fall
+# behind one?").
 #
 # Ten clips a step, 160 images, is about the batch of the other stages; the learning rate is theirs, too.
 
@@ -221,8 +222,8 @@ def train(args: argparse.Namespace) -> None:
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
     encoder, start = vit.load_encoder(args.checkpoint), vit.weights_of(args.checkpoint)
-    if args.blocks > len(encoder.blocks):
-        sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose fewer --blocks")
+    if not 1 <= args.blocks <= len(encoder.blocks):
+        sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose --blocks from 1 to that")
     try:
         sampler = data.SameClassBatchSampler(labels, args.frames, args.seed)
     except ValueError as error:
@@ -234,7 +235,11 @@ def train(args: argparse.Namespace) -> None:
     in_order = torch.arange(args.frames, device=machine.device).expand(args.clips, -1)  # [C, F]
 
     label_of = labels.tolist()
-    steps = vit.steps_of(len(clip_steps(sampler, label_of, args.clips, args.balanced)), 1)
+    steps = len(clip_steps(sampler, label_of, args.clips, args.balanced))
+    if steps == 0:
+        sys.exit(
+            f"all clips are fewer than one step's {args.clips}; choose fewer --clips or a larger --limit"
+        )
     optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
     schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
     settings = vit.settings_of(args, encoder, start=start, images=data.fingerprint(images, labels))
@@ -278,7 +283,7 @@ def train(args: argparse.Namespace) -> None:
     for n in sorted({1, 2, 4, 8, 16, args.frames}):
         if n <= min(smallest, args.frames):
             different[n] = same_class_accuracy(model, images, labels, n, args.frames, args.seed, run.machine)
-    if args.model == "encoder" and smallest >= args.frames:
+    if args.model == "encoder" and args.frame_loss and smallest >= args.frames:
         arrays = clips_for_the_figure(model, images, labels, args.frames)
         vit.write_arrays(vit.arrays_path(args, name), **arrays)
     row |= {"value": different[1], "report": REPORTED.get(name), "different": different}

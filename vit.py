@@ -1,7 +1,7 @@
 """A Vision Transformer for one small image, written out; and what every training loop shares.
 
 Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Contrastive, Classifier
-Part 2, the optimiser:                   Muon, which learns three times faster than AdamW here; the schedule
+Part 2, the optimiser:                   Muon, which learns faster than AdamW here; the schedule
 Part 3, the plumbing (may be skipped):   device and precision, files, checkpoints, Run, the command line
 
 Depends on torch alone: copy this file and use `ViT` in your own code.
@@ -276,25 +276,31 @@ class Classifier(nn.Module):
 #
 #     M = U S V^T = sum over k of  s_k u_k v_k^T
 #
-# In practice a few s_k are large and all others tiny: what all images agree on drowns what some images could
-# teach. AdamW doesn't see this, as it scales every entry of M by itself. Muon steps along
+# Usually a few s_k are large and all others tiny (Jordan et al.): what all images agree on drowns what some
+# could teach. AdamW doesn't see this, as it scales every entry of M by itself. Muon steps along
 #
 #     U V^T = sum over k of  u_k v_k^T
 #
-# the same directions, every one equally far (of all steps whose largest singular value is 1, the one that
-# lowers the loss most). The SVD itself is slow and hard to do in parallel. But an odd polynomial p, applied
-# to a matrix, is applied to its singular values and leaves U and V alone:
+# the same directions, every one equally far. (If M is the gradient: of all steps whose largest singular value
+# is 1, the one that lowers the loss most, to first order.) The SVD itself is slow and hard to do in parallel.
+# But
+#
+#     X X^T X = U S V^T  V S U^T  U S V^T = U S^3 V^T,        as U^T U = V^T V = 1
+#
+# so an odd polynomial of a matrix is that polynomial of its singular values:
 #
 #     p(X) = a X + b (X X^T) X + c (X X^T)^2 X = U p(S) V^T,        p(s) = a s + b s^3 + c s^5
 #
-# so a p that drives every s in (0, 1] towards 1 will do, and costs three matrix products a time. Newton and
-# Schulz's own, (15, -10, 3) / 8, does it exactly but starts slowly (p(s) = 1.9 s for small s). Jordan's
-# coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002;
-# the price is that they end between 0.7 and 1.2 instead of at 1, which training does not notice.
+# and a p that drives every s in (0, 1] towards 1 will do; it costs three matrix products a time. The textbook
+# one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) = 1.9 s for small s). Jordan's
+# coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002; the
+# price is that they end between 0.7 and 1.2 instead of at 1. Three or four times leave the small ones small:
+# that cost 3.5 and 0.8 points in a trial (results/tuning.md).
 #
 # Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
-# and positions (tables of vectors, one row used at a time), and the heads, each of whose outputs has a
-# meaning of its own (Jordan et al. found AdamW better there).
+# and positions (tables of vectors), and the heads, each of whose outputs has a meaning of its own. Jordan et
+# al. leave the input layer to AdamW, too. Ours, the patch embedding, is a map from pixels like any other, and
+# by Muon it brought 3.5 points more (results/tuning.md). The projector, thrown away later, counts as a head.
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -322,16 +328,18 @@ class Muon(torch.optim.Optimizer):
     U and V^T are those of M one step ahead, momentum M + (1 - momentum) gradient once more (Nesterov). A
     momentum of 0.95, a mean over about twenty steps, is Jordan's choice and was not tuned here.
 
-    All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about
-    1 / sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is what an entry of AdamW's
-    step is on average (Liu et al. 2025, section 2.2). So one learning rate, and one decay, serve both.
+    All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about 1 /
+    sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is about the root mean square of
+    an AdamW step's entries (Liu et al. 2025, section 2.2). So the two can share a learning rate and a decay.
+    That it is four to eight times AdamW's own best was found by trying (results/tuning.md); another one for
+    the part that AdamW keeps was not tried.
 
     A parameter [rows, ...] counts as one matrix: a convolution that embeds patches, [D, 3, P, P], as
     [D, 3*P*P]. `parts`, a key of a parameter group, says that its weights are so many matrices on top of each
     other (a qkv: 3): each is a map of its own, and orthogonalised as one. `precision`: of the iterations.
     """
 
-    def __init__(self, params, lr=2e-3, momentum=0.95, weight_decay=0.0, precision=torch.float32, parts=1):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, precision=torch.float32, parts=1):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"precision": precision, "parts": parts})
 
@@ -427,6 +435,8 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
     adamw = torch.optim.AdamW([decayed, {"params": others, "weight_decay": 0.0}], lr, (0.9, 0.99), fused=True)
     if not inside:
         return adamw
+    turned, rest = sum(map(len, inside.values())), len(matrices) + len(others)
+    print(f"optimiser: Muon for {turned} weights (by their names: vit.INSIDE), AdamW for {rest} others")
     groups = [{"params": weights, "parts": parts} for parts, weights in inside.items()]
     muon = Muon(groups, lr, weight_decay=weight_decay, precision=getattr(torch, precision))
     return Together(muon, adamw)
@@ -439,7 +449,7 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     The rise is there as a mean over few gradients is no mean yet; the fall, as a network that takes full
     steps to the end is still being thrown about when it is stopped.
     """
-    rise = warmup * total
+    rise = min(warmup * total, total - 1)  # at least one step of falling
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
@@ -471,7 +481,8 @@ def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
 def share(x: Tensor) -> Tensor:
     """This process's rows of a batch x [B, ...]."""
     if len(x) % PROCESSES:
-        sys.exit(f"{len(x)} can't be shared out evenly among {PROCESSES} processes: --batch or --clips")
+        why = f"{len(x)} can't be shared out evenly among {PROCESSES} processes"
+        sys.exit(f"{why}; choose another --batch (video.py: --clips)")
     return x.chunk(PROCESSES)[RANK]
 
 
@@ -559,7 +570,7 @@ def find_device(asked: str) -> torch.device:
 def faster_precision(device: torch.device) -> tuple[str, str]:
     """The precision in which this device multiplies matrices faster, "float32" or "bfloat16", and why.
 
-    Some chips compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 25 times
+    Some chips compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 30 times
     slower. So little work tells them apart: the best of three products in each. On a CPU one thread's own
     time counts, which stays the same however busy the machine is.
     """
@@ -722,10 +733,14 @@ class Run:
             run.save()                                 # the epoch's means; the checkpoint
         run.finish()                                   # from here on the run counts as finished
 
-    A checkpoint holds weights, optimiser, schedule, random generator and metrics. So a resumed run draws the
+    A checkpoint holds weights, optimiser, schedule, random generators and metrics. So a resumed run draws the
     same numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. `settings` is
     whatever makes it another run: where the checkpoint has others, it is not gone on with. `steps` are those
     of an epoch, `images` those of a step.
+
+    To stop early, decide from `run.history`, which a resumed run has, too, at the top of an epoch. Every
+    epoch's weights are kept with --keep-epochs, as NAME-epoch1.pt, ... A loop in a notebook's cell is no
+    file whose edits could be told: give it another name, or fresh=True.
     """
 
     def __init__(
@@ -744,7 +759,8 @@ class Run:
         keep_epochs: bool = False,
     ):
         self.name, self.model, self.optimizer, self.schedule = name, model, optimizer, schedule
-        self.machine, self.settings, self.keep_epochs = machine, settings, keep_epochs
+        self.machine, self.keep_epochs, self.finished = machine, keep_epochs, False
+        self.settings = settings | {"epochs": epochs, "seed": machine.seed}
         self.epochs, self.images = epochs, images
         self.path = pathlib.Path(out) / f"{name}.pt"
         self.code = loaded_code()
@@ -754,8 +770,9 @@ class Run:
         self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
         size = sum(p.numel() for p in model.parameters())
         print(f"{name}: {size:,} parameters, {epochs} epochs of {steps} steps of {images} images")
-        if fresh and RANK == 0:
-            self.path.unlink(missing_ok=True)  # else a stop in the first epoch would bring it back
+        if fresh and RANK == 0:  # else a stop in the first epoch would bring the old run back
+            for old in [self.path, *self.path.parent.glob(f"{name}-epoch*.pt")]:
+                old.unlink(missing_ok=True)
         if self.path.exists() and not fresh:
             self.resume()
         self.started = time.perf_counter()  # of the epoch
@@ -770,7 +787,7 @@ class Run:
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         self.machine = self.machine._replace(precision=state["precision"])  # another would be another run
         if state["finished"]:
-            self.epochs = self.epoch  # it may have been stopped early
+            self.finished, self.epochs = True, self.epoch  # it may have been stopped early
             note = f"; {edited} has been edited since: --fresh trains anew" if edited else ""
             print(f"{self.name}: finished before, taken from {self.path}{note}")
             return
@@ -782,6 +799,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])  # for who adds dropout
         for name, p in self.model.named_parameters():  # what a loop that adds up gradients had not yet used
             if name in state["gradients"]:
                 p.grad = state["gradients"][name].to(p.device)
@@ -790,7 +808,7 @@ class Run:
     def log(self, **metrics: Tensor) -> None:
         """Note a step's loss and other scalars; once a second show the epoch's means so far."""
         for key, value in metrics.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach().float()
+            self.sums[key] = self.sums.get(key, 0) + torch.as_tensor(value).detach().float()
         self.batches += 1
         self.progress.done += self.images
         if time.perf_counter() - self.progress.shown > 1:  # at every batch it would make a GPU wait
@@ -808,12 +826,11 @@ class Run:
     def save(self, **extra: float) -> None:
         """End an epoch: show and keep its means and `extra` metrics; write the checkpoint. Raises
         FloatingPointError, and keeps the checkpoint of the epoch before, where the loss is not finite."""
-        metrics = self.means()
+        metrics = self.means() | extra
         if PROCESSES > 1:
             everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
             dist.all_reduce(everywhere)
             metrics = dict(zip(metrics, everywhere.tolist()))
-        metrics |= extra
         self.show(metrics, last=True)
         if not math.isfinite(metrics["loss"]):
             why = f"{self.name}: the loss is not finite in epoch {self.epoch + 1}"
@@ -823,12 +840,20 @@ class Run:
         now = time.perf_counter()
         self.seconds += now - self.started
         self.epoch, self.batches, self.sums, self.started = self.epoch + 1, 0, {}, now
-        write_tensors(self.path, self.state())
         if self.keep_epochs:
             write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), self.state(finished=True))
+        write_tensors(self.path, self.state())
 
     def finish(self) -> None:
         """Write the last checkpoint, without what only a resumed run needs: from now on it is finished."""
+        if self.finished:  # before: what the file says of code and device is still true
+            return
+        if self.batches:
+            sys.exit(f"{self.name}: stopped inside epoch {self.epoch + 1}; call save() before finish()")
+        share = self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0]
+        if self.epoch == self.epochs and share > 0.01:
+            end = f"{self.name}: the learning rate ended at {share:.0%} of its peak"
+            print(f"{end}; does the schedule count the same steps as schedule.step()?")
         write_tensors(self.path, self.state(finished=True))
 
     def state(self, finished: bool = False) -> dict:
@@ -841,7 +866,8 @@ class Run:
         if not finished:
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-            state |= {"generator": self.generator.get_state(), "gradients": gradients}
+            state |= {"generator": self.generator.get_state(), "random": torch.get_rng_state()}
+            state |= {"gradients": gradients}
         return state
 
     def summary(self) -> dict:
@@ -852,9 +878,9 @@ class Run:
 
 
 def settings_of(args: argparse.Namespace, encoder: ViT | None = None, **more) -> dict:
-    """What makes it another run: the options that were typed, less those that leave the weights alone; the
-    encoder's sizes, said or left to the default; and `more`. Files and images count by their contents, which
-    the stage adds, not by their names."""
+    """What makes it another run: all options, typed or not, less those that leave the weights alone; the
+    encoder's sizes; and `more`. Files and images count by their contents, which the stage adds, not by their
+    names."""
     harmless = ("run", "out", "name", "split", "device", "precision", "fresh", "keep_epochs")
     by_content = ("data", "init", "checkpoint", "captions")
     found = {key: value for key, value in vars(args).items() if key not in harmless + by_content}
@@ -864,10 +890,10 @@ def settings_of(args: argparse.Namespace, encoder: ViT | None = None, **more) ->
     return found | more
 
 
-def plan_of(args: argparse.Namespace, steps: int, images: int | None = None) -> dict:
-    """What Run has to know of the options: epochs; `steps` of an epoch, `images` of a step (--batch); where
-    checkpoints lie, which are kept, and whether to start over."""
-    length = {"epochs": args.epochs, "steps": steps, "images": images or args.batch}
+def plan_of(args: argparse.Namespace, steps: int, images: int) -> dict:
+    """What Run has to know of the options: epochs; `steps` of an epoch, `images` of a step; where checkpoints
+    lie, which are kept, and whether to start over."""
+    length = {"epochs": args.epochs, "steps": steps, "images": images}
     return length | {"out": args.out, "fresh": args.fresh, "keep_epochs": args.keep_epochs}
 
 
@@ -885,12 +911,12 @@ SOURCES = {}  # .py file -> hash of what was loaded from it, once it was loaded
 
 
 def loaded_code() -> dict[str, str]:
-    """The .py files of this folder that are loaded, by name, with a hash of each. SystemExit where one has
-    been edited since it was loaded: a notebook runs on with the old one."""
+    """The .py files of this folder that are loaded, and the script, by name, with a hash of each. SystemExit
+    where one has been edited since it was loaded: a notebook runs on with the old one."""
     here, found = pathlib.Path(__file__).resolve().parent, {}
     for name, module in sorted(sys.modules.items()):
         path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
-        if path.parent != here or not path.is_file():
+        if not path.is_file() or (path.parent != here and name != "__main__"):
             continue
         now = hash_of(path.read_bytes())
         if name == "__main__":  # the script, which is read anew each time

@@ -178,7 +178,7 @@ def test_a_torn_last_line_is_dropped_and_another_file_is_refused(tmp_path):
 def test_a_caption_file_from_an_editor_keeps_its_last_caption_and_may_have_blank_lines(tmp_path):
     path, about = tmp_path / "captions.jsonl", {"captioner": "blip", "model": "b", "dataset": "cifar10"}
     captions = {f"image {i}": f"caption {i}" for i in range(3)}
-    multimodal.write_captions(path, about, captions, {"train": list(captions)})
+    multimodal.write_captions(path, about, captions)
     whole = path.read_text()
     for text in (whole, whole.removesuffix("\n"), whole.replace("\n", "\n\n"), whole.replace("\n", "\r\n")):
         path.write_text(text)

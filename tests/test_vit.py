@@ -190,7 +190,7 @@ def test_the_parts_of_a_qkv_do_not_mix_and_a_patch_embedding_is_one_matrix():
     whole.grad, patches.grad = torch.randn(48, 16), torch.randn(16, 3, 4, 4)
     alone.grad, flat.grad = whole.grad[16:32].clone(), patches.grad.view(16, 48).clone()
     whole.grad[:16] *= 1000  # the neighbour's scale is its own business
-    vit.Muon([{"params": [whole], "parts": 3}, {"params": [alone, patches, flat], "parts": 1}]).step()
+    vit.Muon([{"params": [whole], "parts": 3}, {"params": [alone, patches, flat]}], lr=0.01).step()
     torch.testing.assert_close(whole[16:32], alone)
     torch.testing.assert_close(patches.view(16, 48), flat)
 
@@ -261,7 +261,7 @@ def test_muon_never_waits_for_the_device():
     model = vit.Classifier(vit.ViT(dim=16, depth=1)).to("meta")
     model(torch.empty(2, 3, 32, 32, device="meta")).sum().backward()
     matrices = [p for name, p in model.named_parameters() if vit.INSIDE.search(name) and p.ndim > 1]
-    vit.Muon(matrices, precision=torch.bfloat16).step()
+    vit.Muon(matrices, lr=0.01, precision=torch.bfloat16).step()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -348,6 +348,45 @@ def test_a_run_that_is_stopped_early_and_finished_is_finished(tmp_path):
     assert (again.epoch, again.epochs, len(again.history["loss"])) == (2, 2, 2)
 
 
+def test_a_run_that_is_stopped_inside_an_epoch_is_not_taken_for_its_last_one(tmp_path):
+    run = tiny_run(tmp_path, epochs=5)
+    train(run, epochs=1)
+    run.log(loss=0.5)  # a plain number will do
+    with pytest.raises(SystemExit, match="stopped inside epoch 2; call save"):
+        run.finish()
+
+
+def test_a_schedule_that_counts_other_steps_than_the_loop_is_told(tmp_path, capsys):
+    train(tiny_run(tmp_path / "a"))
+    assert "of its peak" not in capsys.readouterr().out
+    train(tiny_run(tmp_path / "b"), every=2)
+    assert "the learning rate ended at" in capsys.readouterr().out
+
+
+def test_dropout_draws_the_same_numbers_after_a_stop(tmp_path):
+    def run(out):
+        run = tiny_run(out)
+        run.model.head = nn.Sequential(nn.Dropout(0.5), run.model.head)
+        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+        run.schedule = LambdaLR(run.optimizer, lambda step: vit.warmup_cosine(step, 6, 0.1))
+        if run.path.exists():
+            run.resume()
+        return run
+
+    torch.manual_seed(0)
+    train(run(tmp_path / "whole"))
+    torch.manual_seed(0)
+    first = run(tmp_path / "part")
+    train(first, epochs=1)
+    again = tiny_run(tmp_path / "other")  # another draw in between
+    state = vit.read_checkpoint(first.path)
+    assert torch.equal(state["random"], torch.get_rng_state()) is False and again.epoch == 0
+    torch.set_rng_state(state["random"])
+    train(first)
+    whole, part = (weights(tmp_path / name / "tiny.pt") for name in ("whole", "part"))
+    assert all(torch.equal(value, part[name]) for name, value in whole.items())
+
+
 def test_fresh_forgets_the_old_run_at_once(tmp_path):
     """Else a stop in its first epoch would bring the old weights back, as "finished before"."""
     train(tiny_run(tmp_path))
@@ -413,12 +452,11 @@ def test_half_a_run_of_other_code_is_not_gone_on_with_and_a_finished_one_says_so
     tiny_run(tmp_path)
     assert "finished before" in (text := capsys.readouterr().out) and "edited" not in text
     edit(project)
-    vit.SOURCES.clear()
-    tiny_run(tmp_path)
-    assert (
-        "finished before" in (text := capsys.readouterr().out)
-        and "vit.py has been edited since: --fresh" in text
-    )
+    for _ in range(2):  # also when it is asked a second time
+        vit.SOURCES.clear()
+        train(tiny_run(tmp_path))
+        text = capsys.readouterr().out
+        assert "finished before" in text and "vit.py has been edited since: --fresh" in text
 
 
 def test_a_file_that_is_edited_after_it_was_loaded_is_told(project):
