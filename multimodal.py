@@ -229,9 +229,8 @@ def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
     try:
         *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
     except OSError:
-        sys.exit(
-            f"there is no caption file {path}; `python multimodal.py caption --captioner tiny` writes one"
-        )
+        command = "python multimodal.py caption --captioner tiny"
+        sys.exit(f"there is no caption file {path}; `{command}` writes one")
     if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
         lines.append(last)
     try:
@@ -557,9 +556,8 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
     ids = ids.to(machine.device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
     weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)  # [V], V words in all
-    weight[-len(classes) :] = (
-        8.0  # of seven words and the end the one that is hard: about as much as all others
-    )
+    # of seven words and the end only the class is hard to find: it counts as much as all others together
+    weight[-len(classes) :] = 8.0
     others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
 
     steps = vit.steps_of(len(others), args.batch)

@@ -580,7 +580,7 @@ def test_mistakes_are_one_sentence(finished, tmp_path):
             "another captioner: 'tiny', not 'blip'",
         ),
         ("multimodal.py caption --captioner blip --seen", "--seen is for the small captioner"),
-        (f"{embed} --clip local-dir:{tmp_path}", "multimodal.py tiny` trains one"),
+        (f"{embed} --clip local-dir:{tmp_path}", "multimodal.py tiny --checkpoint ENCODER.pt` trains one"),
         (f"{embed} --clip ViT-B-32 --clip-weights no/such/file", "name a file with --clip-weights"),
         ("multimodal.py tiny --checkpoint OUT/m.pt --folds 1", "at least 2"),
         ("multimodal.py tiny --checkpoint OUT/m.pt --enlarge 50", "not a whole number of 8-pixel patches"),

@@ -1,7 +1,7 @@
 """Two processes under torchrun (gloo, on the CPU) do what one process does with the same global batch.
 
 This file is also the program that they run, in one go, as starting Python takes seconds: test_torchrun.py OUT
-[dying|resumed]
+[dying]
 """
 
 import importlib.util
@@ -15,14 +15,19 @@ import sys
 import numpy as np
 import pytest
 
+if __name__ != "__main__":
+    from conftest import call
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # 161: odd
 COMMON = "--out OUT --data synthetic --limit 161 --device cpu --precision float32 --split test"
 M = f"ssl.py pretrain --task m --dim 32 --batch 16 {COMMON} --epochs"
+LONG = f"{M} 3 --name long"
 STAGES = [
     f"{M} 1",
     f"{M} 1 --pretext masking --name masking",
     f"{M} 1 --contrast 1 --name m_joint",
+    LONG,
     f"ssl.py pretrain --task infonce --dim 32 --epochs 1 --batch 16 {COMMON}",
     f"ssl.py finetune --checkpoint OUT/m.pt --epochs 1 --batch 16 {COMMON}",
     f"video.py --checkpoint OUT/m.pt --clips 2 --frames 8 --no-balanced --cutmix 0.5 --epochs 1 {COMMON}",
@@ -44,11 +49,11 @@ def program(out: str, what: str = "") -> None:
 
     def log_or_die(self, **metrics):
         log(self, **metrics)
-        if vit.RANK == 1 and (self.epoch, self.batches) == (1, 3):
+        if vit.RANK == 1 and (self.epoch, self.batches) == (1, 3):  # of LONG, the only one so long
             os.kill(os.getpid(), signal.SIGKILL)
 
     vit.Run.log = log_or_die if what == "dying" else log
-    for line in [f"{M} 3"] if what else STAGES:
+    for line in [LONG] if what else STAGES:
         sys.argv = line.replace("OUT", out).split()
         spec = importlib.util.spec_from_file_location("stage", ROOT / sys.argv[0])
         module = importlib.util.module_from_spec(spec)
@@ -152,17 +157,14 @@ def test_each_of_an_odd_number_of_images_is_judged_once_and_only_the_first_proce
     assert printed.count("finetune 1/1") == 1 and "Warning" not in printed
 
 
-def test_a_killed_process_ends_the_run_which_then_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_killed_process_ends_the_run_which_then_goes_on_with_another_number_of_processes(tmp_path, folders):
     import vit
 
     text = start(2, tmp_path, "dying", code=1)
     assert "SIGKILL" in text or "-9" in text  # torchrun says who died
-    assert vit.read_checkpoint(tmp_path / "m.pt")["epoch"] == 1
-    assert "going on after epoch 1 of 3" in start(1, tmp_path, "resumed")
-    start(1, tmp_path / "whole", "resumed")
-    same_weights(
-        *(vit.read_checkpoint(folder / "m.pt")["model"] for folder in (tmp_path, tmp_path / "whole"))
-    )
+    assert vit.read_checkpoint(tmp_path / "long.pt")["epoch"] == 1
+    assert "going on after epoch 1 of 3" in call(*LONG.replace("OUT", str(tmp_path)).split())
+    same_weights(*(vit.read_checkpoint(folder / "long.pt")["model"] for folder in (tmp_path, folders[0])))
 
 
 def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
@@ -173,7 +175,7 @@ def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
     monkeypatch.setattr(vit, "PROCESSES", 3)
     assert len(vit.share(torch.zeros(9))) == 3
     with pytest.raises(
-        SystemExit, match="8 can't be shared out evenly among 3 processes: --batch or --clips"
+        SystemExit, match="8 can't be shared out evenly among 3 processes; choose another --batch"
     ):
         vit.share(torch.zeros(8))
 

@@ -468,28 +468,21 @@ def test_a_file_that_is_edited_after_it_was_loaded_is_told(project):
 
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
-    def stage(out, code=0, killer=""):
-        body = (
-            f"import sys, os, importlib.util; sys.path.insert(0, {str(ROOT)!r}); import torch, vit\n"
-            f"{killer}\n"
-            "sys.argv = 'ssl.py pretrain --task m --data synthetic --limit 128 --batch 32 --dim 32 --epochs "
-            f"3 --device cpu --out {out}'.split()\n"
-            f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), "
-            f"{{'__name__': '__main__'}})"
-        )
-        done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
-
-    kill_in_second_epoch = (
+    few = "--data synthetic --limit 128 --batch 32 --dim 32 --epochs 3 --device cpu --out".split()
+    line = ["ssl.py", "pretrain", "--task", "m", *few]
+    body = (
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import torch, vit\n"
         "old = vit.Run.log\ndef log(self, **m):\n    old(self, **m)\n"
-        "    if (self.epoch, self.batches) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.log = log"
+        "    if (self.epoch, self.batches) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.log = log\n"
+        f"sys.argv = {[*line, str(tmp_path / 'killed')]!r}\n"
+        f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), {{'__name__': '__main__'}})"
     )
-    stage("whole")
-    stage("killed", code=-signal.SIGKILL, killer=kill_in_second_epoch)
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert vit.read_checkpoint(tmp_path / "killed/m.pt")["epoch"] == 1
-    assert "going on after epoch 1 of 3" in stage("killed")
-    assert "finished before" in stage("killed")
+    assert "going on after epoch 1 of 3" in call(*line, tmp_path / "killed")
+    assert "finished before" in call(*line, tmp_path / "killed")
+    call(*line, tmp_path / "whole")
     whole, killed = (vit.read_checkpoint(tmp_path / d / "m.pt") for d in ("whole", "killed"))
     assert whole["history"] == killed["history"]
     for name, value in whole["model"].items():
