@@ -913,19 +913,19 @@ SOURCES = {}  # .py file -> hash of what was loaded from it, once it was loaded
 def loaded_code() -> dict[str, str]:
     """The .py files of this folder that are loaded, and the script, by name, with a hash of each. SystemExit
     where one has been edited since it was loaded: a notebook runs on with the old one."""
-    here, found = pathlib.Path(__file__).resolve().parent, {}
+    here, found = os.path.dirname(os.path.abspath(__file__)), {}
     for name, module in sorted(sys.modules.items()):
-        path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
-        if not path.is_file() or (path.parent != here and name != "__main__"):
+        path = os.path.abspath(getattr(module, "__file__", None) or "")
+        if (os.path.dirname(path) != here and name != "__main__") or not os.path.isfile(path):
             continue
-        now = hash_of(path.read_bytes())
+        file, now = os.path.basename(path), hash_of_files(path)
         if name == "__main__":  # the script, which is read anew each time
             SOURCES[path] = now
         if SOURCES.setdefault(path, now) != now:
             sys.exit(
-                f"{path.name} has been edited since it was loaded; restart Python (in a notebook: the kernel)"
+                f"{file} has been edited since it was loaded; restart Python (in a notebook: the kernel)"
             )
-        found[path.name] = now
+        found[file] = now
     return found
 
 

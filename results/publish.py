@@ -10,6 +10,8 @@ report.template.md says in braces which number it wants; report.md is that page 
     {report finetune}                  the same row in the coursework report
     {laptop: versions.torch}           an entry of the run itself
     {table}                            all rows of analysis.TABLE, with their commands and times
+
+What stands between <!-- needs laptop finetune_adamw --> and <!-- end --> is left out without such a row.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import multimodal  # noqa: E402
 import vit  # noqa: E402
 
 PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (\S+?))?\}")
+NEEDS = re.compile(r"<!-- needs (\S+) (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 # the rows of README.md's table
@@ -101,6 +104,11 @@ def filled(template: str, runs: dict[str, dict]) -> str:
             return entry(runs, profile, "", first)
         return entry(runs, profile, first, second or "value")
 
+    def if_there(section: re.Match) -> str:
+        profile, row, text = section.groups()
+        return "" if entry(runs, profile, row) == "not measured" else text
+
+    template = NEEDS.sub(if_there, template)
     return PLACEHOLDER.sub(fill, template.replace("{table}", whole_table(runs)))
 
 

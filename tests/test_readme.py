@@ -215,6 +215,12 @@ def test_a_placeholder_gets_the_number_it_asks_for(placeholder, text):
     assert publish.filled(f"a {placeholder} b", RESULTS) == f"a {text} b"
 
 
+def test_a_section_is_left_out_where_its_row_is_not_there():
+    page = "a\n<!-- needs laptop {} -->\nb {{laptop m_probe}}\n<!-- end -->\nc\n"
+    assert publish.filled(page.format("no_such_row"), RESULTS) == "a\nc\n"
+    assert publish.filled(page.format("m_probe"), RESULTS).startswith("a\nb 5")
+
+
 def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
     for name, results in RESULTS.items():
         (tmp_path / "runs" / name / "figures").mkdir(parents=True)
