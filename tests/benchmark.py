@@ -193,7 +193,8 @@ def our_loop(images: torch.Tensor, labels: torch.Tensor, machine: vit.Machine) -
         torch.Generator(machine.device).manual_seed(0),
     )
     parallel = vit.data_parallel(model)
-    optimizer = vit.make_optimizer(model, "muon", 1e-3, 0.05, machine.precision)
+    with contextlib.redirect_stdout(sys.stderr):
+        optimizer = vit.make_optimizer(model, "muon", 1e-3, 0.05, machine.precision)
     for index in data.shuffled_batches(len(images), 128, generator):
         x, y = data.crop_flip(images[index], generator), labels[index]
         x, other, kept = data.cutmix(x, y, generator, 0.0)
@@ -220,7 +221,8 @@ def optimizer_table(device: str, rounds: int = 15) -> None:
         models, optimizers, seconds = {}, {}, {}
         for name, (kind, _) in kinds.items():
             models[name] = vit.Classifier(vit.ViT()).to(machine.device)
-            optimizers[name] = vit.make_optimizer(models[name], kind, 1e-3, 0.05, precision)
+            with contextlib.redirect_stdout(sys.stderr):
+                optimizers[name] = vit.make_optimizer(models[name], kind, 1e-3, 0.05, precision)
             seconds[name] = []
         usual = vit.orthogonalise
         for _ in range(rounds):
