@@ -777,12 +777,16 @@ FIGURES = {
 def missing(args: argparse.Namespace, needed: list[str]) -> list[str]:
     """What is not there of what a figure needs."""
     out, rows, (who, _) = pathlib.Path(args.out), rows_of(args), captioner_of(args)
-    found = []
+    found, images = [], set()
     for what in [what.format(who=who) for what in needed]:
         name, _, kind = what.partition(".")
         there = {"": name in rows, "pt": (out / what).exists(), "npz": vit.arrays_path(args, name).exists()}
         if not there[kind]:
             found.append(what)
+        if kind != "pt" and name in rows:
+            images.add(rows[name].get("images"))
+    if len(images) > 1:  # their arrays are compared image by image
+        found.append("all of these measured on the same images")
     return found
 
 

@@ -175,6 +175,16 @@ def test_with_very_few_images_every_angle_still_has_its_example(monkeypatch):
     assert analysis.task_examples(args, 8)[-1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
+def test_arrays_of_different_images_are_not_compared_in_a_figure(tmp_path):
+    rows = {"maps": "a", "maps_before": "a", "maps_after": "b"}
+    rows = {name: {"value": 0, "split": "test", "images": images} for name, images in rows.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "maps.npz").touch()
+    args = argparse.Namespace(out=tmp_path, split="test")
+    assert analysis.missing(args, ["maps.npz", "maps_before"]) == []
+    assert "the same images" in analysis.missing(args, ["maps.npz", "maps_after"])[0]
+
+
 def test_a_figure_says_what_it_needs_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
     few = "--data synthetic --limit 30 --device cpu --out".split() + [tmp_path]
     drawn = call("analysis.py", "figures", *few)
