@@ -16,10 +16,10 @@ Depends on vit.py, data.py and video.py: copy this file with those three. (Cross
 and vit.init_linear.) `tiny` is for where BLIP can't be
 downloaded, or would take a night:
 
-    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 4 --frozen 4 --enlarge 40
+    python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
     python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
-    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 2
+    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 1
 
 Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017
 (attention). Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of

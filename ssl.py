@@ -7,9 +7,9 @@
 
 Depends on vit.py and data.py: copy this file with those two.
 
-    python ssl.py pretrain --task m --epochs 4 --out runs/mine
+    python ssl.py pretrain --task m --epochs 3 --out runs/mine
     python ssl.py probe --checkpoint runs/mine/m.pt --out runs/mine
-    python ssl.py finetune --checkpoint runs/mine/m.pt --epochs 8 --out runs/mine
+    python ssl.py finetune --checkpoint runs/mine/m.pt --epochs 6 --out runs/mine
 
 Papers: Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR), Gidaris et al. 2018 (rotation), He et al. 2022
 (masked autoencoders), Chhabra et al. 2024 (PatchRot).
