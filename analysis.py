@@ -1011,7 +1011,7 @@ def report(args: argparse.Namespace) -> None:
     vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
     table = [["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]]
-    others = {name: ("",) for name in rows if name not in TABLE}
+    others = {name: ("",) for name, row in rows.items() if name not in TABLE and "epochs" in row}
     for name, (what, *controls) in (TABLE | others).items():
         if name not in rows:
             continue

@@ -17,8 +17,9 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same sums in another order
 
 
 def small(kind, blocks=1, ordered=True):
-    """A small model whose gates are open, so that everything in it matters."""
-    model = video.MODELS[kind](vit.ViT(dim=32, depth=3), blocks, F, ordered=ordered).eval()
+    """A small model whose gates are open, so that everything in it matters; in training mode, where images
+    are also judged by themselves."""
+    model = video.MODELS[kind](vit.ViT(dim=32, depth=3), blocks, F, ordered=ordered)
     for name, p in model.named_parameters():
         if name.endswith("gate"):
             nn.init.ones_(p)
@@ -109,7 +110,7 @@ def test_the_temporal_encoder_equals_torchs_transformer_encoder(blocks):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_divided_attention_starts_as_model_m_on_each_frame(blocks):
     encoder, x = vit.ViT(dim=32, depth=3).eval(), clips()
-    model = video.FactorisedAttention(encoder, blocks, F).eval()
+    model = video.FactorisedAttention(encoder, blocks, F)
     with torch.no_grad():
         cls = torch.stack([encoder(clip)[:, 0] for clip in x])  # [C, F, D]
         logits, each = model(x, in_order(x))
@@ -147,6 +148,13 @@ def test_no_gradient_flows_between_clips(kind):
     model(x, in_order(x))[0][0].sum().backward()
     assert x.grad[0].abs().amax(dim=(1, 2, 3)).min() > 0, "every frame of a clip has its say"
     assert x.grad[1:].abs().max() == 0
+
+
+def test_outside_training_divided_attention_does_not_compute_what_nobody_reads():
+    model, x = small("divided"), clips()
+    logits, image_logits = model(x, in_order(x))
+    again, nothing = model.eval()(x, in_order(x))
+    assert image_logits is not None and nothing is None and torch.equal(logits, again)
 
 
 @both
