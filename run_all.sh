@@ -77,7 +77,7 @@ profile=${profile:-$default}
 epochs_infonce=1 epochs_m=1 epochs_continued=1 epochs_finetune=1 epochs_video=1 epochs_captioner=1 epochs_fusion=1  # quick
 cutmix=0 frozen=4 enlarge=40  # a cheaper captioner: frozen blocks, smaller images
 if [ $profile = laptop ]; then  # chosen on validation images: results/tuning.md
-  epochs_infonce=3 epochs_m=3 epochs_continued=1 epochs_finetune=6 epochs_video=3 epochs_captioner=2
+  epochs_infonce=3 epochs_m=3 epochs_continued=1 epochs_finetune=6 epochs_video=4 epochs_captioner=2
 elif [ $profile = full ]; then  # the report's
   epochs_infonce=20 epochs_m=20 epochs_continued=20 epochs_finetune=50 epochs_video=25 epochs_captioner=25
   epochs_fusion=25 cutmix=0.5 frozen=0 enlarge=48  # CutMix pays in long training only

@@ -14,7 +14,7 @@ A test image is judged as a static video: F times itself.
 
 Depends on vit.py and data.py: copy this file with those two. Its training loop is in `train`.
 
-    python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 3 --out runs/mine
+    python video.py --checkpoint runs/mine/m.pt --model encoder --blocks 1 --epochs 4 --out runs/mine
 
 Papers: Arnab et al. 2021 (ViViT), Bertasius et al. 2021 (TimeSformer). Shape letters as in vit.py; also C
 clips, F frames of a clip, n different images shown in them.
