@@ -209,8 +209,8 @@ class ModelM(nn.Module):
         self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
 
     def forward(self, images: Tensor, masked: Tensor):
-        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], pixels [B, M,
-        3*P*P]."""
+        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], standardised pixels
+        [B, M, 3*P*P]."""
         return self.heads(self.encoder(images), masked)
 
     def heads(self, tokens: Tensor, masked: Tensor):
