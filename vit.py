@@ -436,7 +436,7 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
     if not inside:
         return adamw
     turned, rest = sum(map(len, inside.values())), len(matrices) + len(others)
-    print(f"optimiser: Muon for {turned} weights (by their names: vit.INSIDE), AdamW for {rest} others")
+    print(f"optimiser: Muon for {turned} weights (see vit.INSIDE), AdamW for {rest} others")
     groups = [{"params": weights, "parts": parts} for parts, weights in inside.items()]
     muon = Muon(groups, lr, weight_decay=weight_decay, precision=getattr(torch, precision))
     return Together(muon, adamw)
