@@ -390,6 +390,7 @@ class Together(torch.optim.Optimizer):
             optimizer.step()
 
     def zero_grad(self):
+        """Forget the gradients of all."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
