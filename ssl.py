@@ -436,7 +436,8 @@ def to_be_probed(path: str, args: argparse.Namespace) -> tuple[vit.ViT | None, d
         state = {"epoch": 0, "seconds": 0.0, "history": {}}
     else:
         encoder = vit.make_encoder(path, args.patch, args.dim, args.stem)
-        weights, state = vit.weights_of(path), vit.read_checkpoint(path)
+        state = vit.read_checkpoint(path)
+        weights = vit.hash_of_weights(state["model"])
     row = {"weights": weights, "epochs": state["epoch"], "seconds": state["seconds"]}
     return encoder, row | {"training": {metric: means[-1] for metric, means in state["history"].items()}}
 

@@ -685,8 +685,6 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
     encoder = ViT(**state["config"])
     own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
     encoder.load_state_dict({name.split("encoder.", 1)[1]: state["model"][name] for name in own})
-    tokens, width = 1 + encoder.patches, encoder.config["dim"]
-    print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
 
 
@@ -1031,6 +1029,8 @@ def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, ste
         option, has = name.removesuffix("_size"), encoder.config[name]
         if asked not in (None, has):
             sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
+    tokens, width = 1 + encoder.patches, encoder.config["dim"]
+    print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
 
 
