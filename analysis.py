@@ -919,6 +919,7 @@ TABLE = {
     "finetune_scratch": ("trained on labels from scratch",),
     "finetune_scratch_adamw": ("trained on labels from scratch by AdamW instead of Muon", "finetune_scratch"),
     "finetune_adamw": ("fine-tuned after Model M with InfoNCE, by AdamW instead of Muon", "finetune"),
+    "finetune_m_infonce": ("fine-tuned after Model M, continued from InfoNCE", "finetune_scratch"),
     "finetune_infonce_longer": ("fine-tuned after InfoNCE, as long as m_joint", "finetune_scratch"),
     "finetune": ("fine-tuned after Model M with InfoNCE", "finetune_infonce_longer", "finetune_scratch"),
     "video_encoder_1": ("video, factorised encoder, one block", "finetune"),

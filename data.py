@@ -71,8 +71,7 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored.
 
     images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A,
-    which
-    crops down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)
+    which crops down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()

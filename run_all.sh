@@ -151,6 +151,8 @@ if [ $profile = full ] || [ -n "$questions" ]; then
   stage "Model M continued from InfoNCE" \
     $train ssl.py pretrain --task m --init $out/infonce.pt --epochs $epochs_continued --name m_infonce
   stage "its linear probe" python ssl.py probe --checkpoint $out/m_infonce.pt
+  stage "fine-tuning from it" $train ssl.py finetune --checkpoint $out/m_infonce.pt \
+    --epochs $epochs_finetune --cutmix $cutmix --name finetune_m_infonce
   stage "control: the same training from scratch" $train ssl.py finetune --epochs $epochs_finetune --cutmix $cutmix
 fi
 
@@ -204,7 +206,7 @@ stage "fusion: the image asks, the caption answers; controls" $train multimodal.
   --control none image_only text_only --epochs $epochs_fusion --cutmix $cutmix
 stage "fusion with attention over words" $train multimodal.py fuse --captions $captions \
   --text tokens --epochs $epochs_fusion --cutmix $cutmix
-if [ $profile = full ]; then
+if [ $profile = full ] || [ -n "$questions" ]; then
   stage "control: every caption from another image" $train multimodal.py fuse --captions $captions \
     --control shuffled --epochs $epochs_fusion --cutmix $cutmix
   stage "fusion on the video model of one block" $train multimodal.py fuse --captions $captions \
@@ -227,6 +229,18 @@ if [ -n "$questions" ]; then
     --epochs $epochs_finetune --cutmix $cutmix --name finetune_adamw
   stage "from scratch by AdamW" \
     $train ssl.py finetune --optimizer adamw --epochs $epochs_finetune --cutmix $cutmix --name finetune_scratch_adamw
+
+  # one temporal block or two, on the report's clips; and from there to our training (video_encoder_1), step by step
+  train_as_the_report
+  # a tenth of the learning rate, as a step sees a tenth of the images
+  stage "our optimiser" python video.py --checkpoint $out/m_joint.pt --clips 1 --frame-loss 0 --no-repeats --no-balanced \
+    --lr 4e-4 --epochs $epochs_video --name video_muon
+  stage "ten clips a step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats --no-balanced \
+    --epochs $epochs_video --name video_random
+  stage "with every class in each step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats \
+    --epochs $epochs_video --name video_balanced
+  stage "of 1 to 16 different images" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 \
+    --epochs $epochs_video --name video_repeats
 
   # does pre-training pay, and with how many labels? (few or some: about 700 steps; all labels: 2,100)
   few="--labels 0.01 --epochs 50 --batch 32"
@@ -262,18 +276,6 @@ if [ -n "$questions" ]; then
     $train ssl.py finetune --dim 192 --epochs $epochs_finetune --cutmix 0 --name scratch_dim192
   stage "from scratch, 64 patches of 4x4" \
     $train ssl.py finetune --patch 4 --epochs $epochs_finetune --cutmix 0 --name scratch_patch4
-
-  # one temporal block or two, on the report's clips; and from there to our training (video_encoder_1), step by step
-  train_as_the_report
-  # a tenth of the learning rate, as a step sees a tenth of the images
-  stage "our optimiser" python video.py --checkpoint $out/m_joint.pt --clips 1 --frame-loss 0 --no-repeats --no-balanced \
-    --lr 4e-4 --epochs $epochs_video --name video_muon
-  stage "ten clips a step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats --no-balanced \
-    --epochs $epochs_video --name video_random
-  stage "with every class in each step" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 --no-repeats \
-    --epochs $epochs_video --name video_balanced
-  stage "of 1 to 16 different images" $clips video.py --checkpoint $out/m_joint.pt --frame-loss 0 \
-    --epochs $epochs_video --name video_repeats
 fi
 
 # ---------------------------------------------------------------- what was learned

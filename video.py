@@ -33,9 +33,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import data
 import vit
 
-# the coursework report's test accuracies
-REPORTED = {"video_encoder_1": 0.4404, "video_encoder_2": 0.4244}
-REPORTED |= {"video_report_1": 0.4404, "video_report_2": 0.4244}
+# the coursework report's test accuracies, of this training (run_all.sh, train_as_the_report)
+REPORTED = {"video_report_1": 0.4404, "video_report_2": 0.4244}
 
 # ---------------------------------------------------------------- The two networks
 

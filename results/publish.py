@@ -9,6 +9,7 @@ report.template.md says in braces which number it wants; report.md is that page 
     {laptop m_probe training.angle}    another entry of the row
     {report finetune}                  the same row in the coursework report
     {laptop: versions.torch}           an entry of the run itself
+    {laptop finetune - m_joint_probe}  how much higher one row is than another, in points, seed by seed
     {table}                            all rows of analysis.TABLE, with their commands and times
 
 What stands between <!-- needs laptop finetune_adamw --> and <!-- end --> is left out without such a row.
@@ -20,6 +21,8 @@ import argparse
 import json
 import pathlib
 import re
+import statistics
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,25 +31,28 @@ import analysis  # noqa: E402
 import multimodal  # noqa: E402
 import vit  # noqa: E402
 
-PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (\S+?))?\}")
+PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (-|\S+?))?(?: (\S+?))?\}")
 NEEDS = re.compile(r"<!-- needs (\S+) (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 # the rows of README.md's table
-ROWS = [
-    "pixels_probe",
-    "untrained_probe",
-    "infonce_probe",
-    "infonce_longer_probe",
-    "m_probe",
-    "m_joint_probe",
+ROWS = ["pixels_probe", "untrained_probe", "infonce_probe", "infonce_longer_probe"]
+ROWS += ["m_probe", "m_infonce_probe", "m_joint_probe"]
+ROWS += ["finetune_scratch", "finetune_m_infonce", "finetune_infonce_longer", "finetune"]
+ROWS += ["video_report_1", "video_report_2", "video_encoder_1", "video_encoder_2"]
+ROWS += [
+    "fusion_tiny",
+    "fusion_tiny_image_only",
+    "fusion_tiny_text_only",
+    "fusion_tiny_shuffled",
+    "fusion_blip",
 ]
-ROWS += ["finetune_scratch", "finetune_infonce_longer", "finetune", "video_encoder_1", "video_encoder_2"]
-ROWS += ["fusion_tiny", "fusion_tiny_image_only", "fusion_tiny_text_only", "fusion_blip"]
 ROWS += ["cka_before", "cka_after"]
 # the rows of laptop's length that `bash run_all.sh questions` makes, not `bash run_all.sh laptop`
-QUESTIONS = {"infonce_longer_probe", "m_infonce_probe", "finetune_scratch", "finetune_infonce_longer"}
-QUESTIONS |= {f"video_{name}" for name in ("random", "balanced", "repeats")}
+QUESTIONS = {"infonce_longer_probe", "m_infonce_probe", "infonce_adamw_probe"}
+QUESTIONS |= {"finetune_scratch", "finetune_infonce_longer", "finetune_m_infonce"}
+QUESTIONS |= {"finetune_adamw", "finetune_scratch_adamw", "fusion_tiny_shuffled", "fusion_tiny_1"}
+QUESTIONS |= {f"video_{name}" for name in ("muon", "random", "balanced", "repeats")}
 QUESTIONS |= {f"video_report_{name}" for name in ("1", "1_probe", "2")}
 
 
@@ -61,7 +67,7 @@ def look_up(results: dict, path: str):
 
 def of_the_run(results: dict, key: str):
     """An entry of a run: its own, or what its rows say."""
-    if key in ("seed", "device", "precision", "provenance") and key not in results:
+    if key in ("seed", "device", "precision", "provenance", "commit") and key not in results:
         found = dict.fromkeys(str(row[key]) for row in results["rows"].values() if key in row)
         return ", ".join(found) or None
     return look_up(results, key)
@@ -88,6 +94,21 @@ def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> 
     return analysis.in_words(row, *found)
 
 
+def difference(runs: dict[str, dict], profile: str, row: str, control: str) -> str:
+    """How much higher `row` is than `control`, in points (CKA, entropy: plain). Each seed's two rows are
+    compared with each other: what the seed does to both falls out."""
+    scale, digits = (1, 4) if row.startswith(("cka", "maps")) else (100, 2)
+    found = []
+    for name, results in runs.items():
+        values = [look_up(results, f"rows.{which}.value") for which in (row, control)]
+        if profile in name.split("-") and None not in values:
+            found.append(scale * (values[0] - values[1]))
+    if not found:
+        return "not measured"
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):+.{digits}f}{spread}"
+
+
 def number(runs: dict[str, dict], profile: str, row: str) -> str:
     """A row's number, with a q if `questions` makes it."""
     found = entry(runs, profile, row)
@@ -99,9 +120,11 @@ def filled(template: str, runs: dict[str, dict]) -> str:
     """The page that the template describes."""
 
     def fill(placeholder: re.Match) -> str:
-        profile, colon, first, second = placeholder.groups()
+        profile, colon, first, second, third = placeholder.groups()
         if colon:
             return entry(runs, profile, "", first)
+        if second == "-":
+            return difference(runs, profile, first, third)
         return entry(runs, profile, first, second or "value")
 
     def if_there(section: re.Match) -> str:
@@ -113,31 +136,43 @@ def filled(template: str, runs: dict[str, dict]) -> str:
 
 
 def whole_table(runs: dict[str, dict]) -> str:
-    """Every row, with the row it has to beat, its times and its command; empty: no stage of that profile."""
-    lines = ["| row | what it is | report | laptop | full | control | time, laptop | time, full | command |"]
-    lines.append("|---|---|---:|---:|---:|---|---:|---:|---|")
+    """Every row, with the row it has to beat and by how much it does, its time and its command."""
+    profiles = profiles_of(runs)
+    heads = ["row", "what it is", "report"]
+    for profile in profiles:
+        heads += [profile, "above its control", "time"]
+    lines = [[*heads, "control", "command"], ["---"] * (len(heads) + 2)]
     for row, (what, *controls) in analysis.TABLE.items():
-        numbers = [number(runs, profile, row) for profile in ("report", "laptop", "full")]
+        numbers = [number(runs, profile, row) for profile in ("report", *profiles)]
         if row == "m_best_probe" or set(numbers) == {"not measured"}:
             continue
-        times = [entry(runs, profile, row, "seconds") for profile in ("laptop", "full")]
-        commands = [entry(runs, profile, row, "command") for profile in ("laptop", "full")]
-        command = next((f"`{command}`" for command in commands if command != "not measured"), "not measured")
-        there = [c for c in controls if {number(runs, p, c) for p in ("laptop", "full")} != {"not measured"}]
-        cells = [row, what, *numbers, there[0] if there else "", *times]
+        measured = [c for c in controls if {number(runs, p, c) for p in profiles} != {"not measured"}]
+        control = measured[0] if measured else ""
+        cells = [row, what, numbers[0]]
+        for profile, value in zip(profiles, numbers[1:]):
+            above = difference(runs, profile, row, control) if control else ""
+            cells += [value, above, entry(runs, profile, row, "seconds")]
         if row != "fusion_blip":
             cells = [cell.replace("not measured", "") for cell in cells]
-        lines.append("| " + " | ".join([*cells, command]) + " |")
-    return "\n".join(lines)
+        commands = [entry(runs, profile, row, "command") for profile in profiles]
+        command = next((f"`{command}`" for command in commands if command != "not measured"), "not measured")
+        lines.append([*cells, control, command])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def profiles_of(runs: dict[str, dict]) -> list[str]:
+    """Which of the profiles that have a column there are."""
+    return [profile for profile in ("laptop", "full") if any(profile in name.split("-") for name in runs)]
 
 
 def short_table(runs: dict[str, dict]) -> str:
     """README.md's table, in columns that can be read in an editor."""
-    lines = [["row", "what it is", "report", "laptop", "full"]]
+    profiles = profiles_of(runs)
+    lines = [["row", "what it is", "report", *profiles]]
     for row in ROWS:
-        cells = [number(runs, profile, row) for profile in ("report", "laptop", "full")]
-        lines.append([row, analysis.TABLE[row][0], cells[0].replace("not measured", ""), *cells[1:]])
-    widths = [max(len(line[c]) for line in lines) for c in range(5)]
+        reported, *ours = [number(runs, profile, row) for profile in ("report", *profiles)]
+        lines.append([row, analysis.TABLE[row][0], reported.replace("not measured", ""), *ours])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
     for name, what, *numbers in lines:
         padded = [text.rjust(width) for text, width in zip(numbers, widths[2:])]
@@ -148,8 +183,32 @@ def short_table(runs: dict[str, dict]) -> str:
     about = (
         f"laptop: mean ± standard deviation over seeds {seeds}; one seed where there is no ±; q: made by\n"
     )
-    about += "`bash run_all.sh questions`, which is laptop and more. full: one seed.\n"
+    about += "`bash run_all.sh questions`, which is laptop and more."
+    about += " full: one seed.\n" if "full" in profiles else "\n"
     return "\n".join([f"{about}Images: {images}.", "", *texts]) + "\n"
+
+
+def commits() -> dict[str, dict[str, str]]:
+    """The newest commits that changed a .py file -> a hash of each of these files there, as in a row's
+    `code`."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True).stdout
+
+    found = {}
+    for commit in git("log", "-n40", "--format=%h", "--", "*.py").decode().split():
+        found[commit] = {p.name: vit.hash_of(git("show", f"{commit}:{p.name}")) for p in ROOT.glob("*.py")}
+    return found
+
+
+def note_commits(results: dict) -> None:
+    """Say in each row of a run which commit's files made it, found by their contents."""
+    known = commits()
+    for row in results["rows"].values():
+        code = row.pop("code", None)
+        if code:
+            same = [commit for commit, files in known.items() if files.items() >= code.items()]
+            row["commit"] = same[0] if same else "none: edited files"
 
 
 def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -160,6 +219,7 @@ def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:
     for name, results in runs.items():
         if results["dataset"] != "cifar10":
             sys.exit(f"{name} holds results on {results['dataset']} images, not to be published")
+        note_commits(results)
     vit.write_file(out / "results.json", (json.dumps(runs, indent=1) + "\n").encode())
     for picture in [f"{name}.png" for name in analysis.FIGURES] + ["learning.gif"]:
         for folder in folders[::-1]:  # the first that has it wins

@@ -184,7 +184,10 @@ RESULTS = {
             "cka_after": {"value": 0.5, "blocks": [0.1, 0.2]},
         },
     },
-    "cifar10-laptop-seed1": {"seed": 1, "rows": {"m_probe": {"value": 0.6, "seconds": 30}}},
+    "cifar10-laptop-seed1": {
+        "seed": 1,
+        "rows": {"m_probe": {"value": 0.6, "seconds": 30}, "cka_after": {"value": 0.3}},
+    },
     "cifar10-full": {
         "seed": 0,
         "seconds": 600,
@@ -203,8 +206,10 @@ RESULTS = {
         ("{full finetune}", "not measured"),
         ("{laptop m_probe seconds}", "1.5 min"),
         ("{laptop m_probe training.angle}", "25.00 %"),
-        ("{laptop cka_after}", "0.5000"),
+        ("{laptop cka_after}", "0.4000 ± 0.1414"),
         ("{laptop cka_after blocks.1}", "0.2000"),
+        ("{laptop m_probe - cka_after}", "+15.00 ± 21.21"),
+        ("{full m_probe - cka_after}", "not measured"),
         ("{laptop: seed}", "0, 1"),
         ("{full: seconds}", "10 min"),
         ("{laptop: seconds}", "not measured"),
