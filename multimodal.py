@@ -814,7 +814,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
 
-    training = vit.training_arguments(epochs=15, muon=2e-3, adamw=1e-3, batch=128)
+    training = vit.training_arguments(epochs=15, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
