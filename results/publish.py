@@ -18,6 +18,7 @@ What stands between <!-- needs laptop finetune_adamw --> and <!-- end --> is lef
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -29,7 +30,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analysis  # noqa: E402
 import multimodal  # noqa: E402
+import video  # noqa: E402
 import vit  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("stage1", ROOT / "ssl.py")  # by another name: see README.md
+stage1 = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stage1)
+# row -> its number in the coursework report
+REPORTED = analysis.REPORTED | multimodal.REPORTED | video.REPORTED | stage1.REPORTED
 
 PLACEHOLDER = re.compile(r"\{(laptop|full|quick|report)(:?) (\S+?)(?: (-|\S+?))?(?: (\S+?))?\}")
 NEEDS = re.compile(r"<!-- needs (\S+) (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -75,10 +83,10 @@ def of_the_run(results: dict, key: str):
 
 def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
     """One number as text; runs: name of a run -> its results.json; row "": an entry of the run itself."""
-    found, reported = [], analysis.REPORTED | multimodal.REPORTED
+    found = []
     for name, results in runs.items():
         if profile == "report":
-            found.append(look_up(results, f"rows.{row}.report") or reported.get(row))
+            found.append(REPORTED.get(row))
         elif profile in name.split("-"):
             found.append(look_up(results, f"rows.{row}.{key}") if row else of_the_run(results, key))
     found = [value for value in found if value is not None]
@@ -171,7 +179,8 @@ def short_table(runs: dict[str, dict]) -> str:
     lines = [["row", "what it is", "report", *profiles]]
     for row in ROWS:
         reported, *ours = [number(runs, profile, row) for profile in ("report", *profiles)]
-        lines.append([row, analysis.TABLE[row][0], reported.replace("not measured", ""), *ours])
+        if {reported, *ours} != {"not measured"}:
+            lines.append([row, analysis.TABLE[row][0], reported.replace("not measured", ""), *ours])
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
     for name, what, *numbers in lines:

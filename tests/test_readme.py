@@ -180,7 +180,7 @@ RESULTS = {
     "cifar10-laptop": {
         "seed": 0,
         "rows": {
-            "m_probe": {"value": 0.5, "seconds": 90, "report": 0.3851, "training": {"angle": 0.25}},
+            "m_probe": {"value": 0.5, "seconds": 90, "training": {"angle": 0.25}},
             "cka_after": {"value": 0.5, "blocks": [0.1, 0.2]},
         },
     },
@@ -201,7 +201,8 @@ RESULTS = {
     [
         ("{laptop m_probe}", "55.00 ± 7.07 %"),
         ("{full m_probe}", "80.00 %"),
-        ("{report m_probe}", "38.51 %"),
+        ("{report m_infonce_probe}", "38.51 %"),
+        ("{report m_probe}", "not measured"),
         ("{report fusion_blip}", "70.13 %"),
         ("{full finetune}", "not measured"),
         ("{laptop m_probe seconds}", "1.5 min"),
@@ -224,6 +225,20 @@ def test_a_section_is_left_out_where_its_row_is_not_there():
     page = "a\n<!-- needs laptop {} -->\nb {{laptop m_probe}}\n<!-- end -->\nc\n"
     assert publish.filled(page.format("no_such_row"), RESULTS) == "a\nc\n"
     assert publish.filled(page.format("m_probe"), RESULTS).startswith("a\nb 5")
+
+
+def test_a_row_says_which_commit_made_it(monkeypatch):
+    known = {"newer": {"vit.py": "1", "ssl.py": "3"}, "older": {"vit.py": "1", "ssl.py": "2"}}
+    monkeypatch.setattr(publish, "commits", lambda: known)
+    code = {
+        "a": {"vit.py": "1", "ssl.py": "2"},
+        "b": {"vit.py": "1"},
+        "c": {"vit.py": "1", "ssl.py": "edited"},
+    }
+    results = {"rows": {name: {"code": files} for name, files in code.items()}}
+    publish.note_commits(results)
+    said = {name: row["commit"] for name, row in results["rows"].items()}
+    assert said == {"a": "older", "b": "newer", "c": "none: edited files"}
 
 
 def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
