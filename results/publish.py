@@ -211,13 +211,15 @@ def commits() -> dict[str, dict[str, str]]:
 
 
 def note_commits(results: dict) -> None:
-    """Say in each row of a run which commit's files made it, found by their contents."""
-    known = commits()
-    for row in results["rows"].values():
-        code = row.pop("code", None)
-        if code:
-            same = [commit for commit, files in known.items() if files.items() >= code.items()]
-            row["commit"] = same[0] if same else "none: edited files"
+    """Say in each row of a run which commit's files made it, found by their contents: the newest commit that
+    has those of all rows; where there is none, those of the row."""
+    known, made_by = commits(), {}
+    for name, row in results["rows"].items():
+        code = row.pop("code", {})
+        made_by[name] = [commit for commit, files in known.items() if files.items() >= code.items()]
+    of_all = [commit for commit in known if all(commit in found for found in made_by.values())]
+    for name, found in made_by.items():
+        results["rows"][name]["commit"] = (of_all or found or ["none: edited files"])[0]
 
 
 def publish(folders: list[pathlib.Path], out: pathlib.Path) -> None:

@@ -230,15 +230,17 @@ def test_a_section_is_left_out_where_its_row_is_not_there():
 def test_a_row_says_which_commit_made_it(monkeypatch):
     known = {"newer": {"vit.py": "1", "ssl.py": "3"}, "older": {"vit.py": "1", "ssl.py": "2"}}
     monkeypatch.setattr(publish, "commits", lambda: known)
-    code = {
-        "a": {"vit.py": "1", "ssl.py": "2"},
-        "b": {"vit.py": "1"},
-        "c": {"vit.py": "1", "ssl.py": "edited"},
-    }
-    results = {"rows": {name: {"code": files} for name, files in code.items()}}
-    publish.note_commits(results)
-    said = {name: row["commit"] for name, row in results["rows"].items()}
-    assert said == {"a": "older", "b": "newer", "c": "none: edited files"}
+
+    def said(*rows: dict) -> list[str]:
+        results = {"rows": {str(i): {"code": code} for i, code in enumerate(rows)}}
+        publish.note_commits(results)
+        return [row["commit"] for row in results["rows"].values()]
+
+    # of one commit, as the first row is of the older only
+    assert said({"vit.py": "1", "ssl.py": "2"}, {"vit.py": "1"}) == ["older", "older"]
+    # of several
+    assert said({"vit.py": "1", "ssl.py": "2"}, {"ssl.py": "3"}) == ["older", "newer"]
+    assert said({"vit.py": "1", "ssl.py": "edited"}) == ["none: edited files"]
 
 
 def test_publishing_brings_results_pictures_and_pages_up_to_date(tmp_path):
