@@ -7,7 +7,7 @@ report.template.md says in braces which number it wants; report.md is that page 
 
     {laptop finetune}                  a row's value; of several seeds, mean and standard deviation
     {laptop m_probe training.angle}    another entry of the row
-    {report finetune}                  the same row in the coursework report
+    {report infonce_probe}             the same row in the coursework report
     {laptop: versions.torch}           an entry of the run itself
     {laptop finetune - m_joint_probe}  how much higher one row is than another, in points, seed by seed
     {table}                            all rows of analysis.TABLE, with their commands and times
@@ -149,7 +149,8 @@ def whole_table(runs: dict[str, dict]) -> str:
     heads = ["row", "what it is", "report"]
     for profile in profiles:
         heads += [profile, "above its control", "time"]
-    lines = [[*heads, "control", "command"], ["---"] * (len(heads) + 2)]
+    numeric = len(heads) - 2
+    lines = [[*heads, "control", "command"], ["---", "---", *["---:"] * numeric, "---", "---"]]
     for row, (what, *controls) in analysis.TABLE.items():
         numbers = [number(runs, profile, row) for profile in ("report", *profiles)]
         if row == "m_best_probe" or set(numbers) == {"not measured"}:
