@@ -81,14 +81,18 @@ def of_the_run(results: dict, key: str):
     return look_up(results, key)
 
 
+def of_profile(runs: dict[str, dict], profile: str) -> list[dict]:
+    """The results.json of a profile's runs, one a seed."""
+    return [results for name, results in runs.items() if profile in name.split("-")]
+
+
 def entry(runs: dict[str, dict], profile: str, row: str, key: str = "value") -> str:
     """One number as text; runs: name of a run -> its results.json; row "": an entry of the run itself."""
-    found = []
-    for name, results in runs.items():
-        if profile == "report":
-            found.append(REPORTED.get(row))
-        elif profile in name.split("-"):
-            found.append(look_up(results, f"rows.{row}.{key}") if row else of_the_run(results, key))
+    if profile == "report":
+        found = [REPORTED.get(row)]
+    else:
+        parts = of_profile(runs, profile)
+        found = [look_up(r, f"rows.{row}.{key}") if row else of_the_run(r, key) for r in parts]
     found = [value for value in found if value is not None]
     if not found:
         return "not measured"
@@ -107,9 +111,9 @@ def difference(runs: dict[str, dict], profile: str, row: str, control: str) -> s
     compared with each other: what the seed does to both falls out."""
     scale, digits = (1, 4) if row.startswith(("cka", "maps")) else (100, 2)
     found = []
-    for name, results in runs.items():
+    for results in of_profile(runs, profile):
         values = [look_up(results, f"rows.{which}.value") for which in (row, control)]
-        if profile in name.split("-") and None not in values:
+        if None not in values:
             found.append(scale * (values[0] - values[1]))
     if not found:
         return "not measured"
@@ -171,7 +175,7 @@ def whole_table(runs: dict[str, dict]) -> str:
 
 def profiles_of(runs: dict[str, dict]) -> list[str]:
     """Which of the profiles that have a column there are."""
-    return [profile for profile in ("laptop", "full") if any(profile in name.split("-") for name in runs)]
+    return [profile for profile in ("laptop", "full") if of_profile(runs, profile)]
 
 
 def short_table(runs: dict[str, dict]) -> str:
