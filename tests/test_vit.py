@@ -1,6 +1,5 @@
 """The network against two independent implementations, and the promises of the plumbing."""
 
-import contextlib
 import errno
 import os
 import shutil
@@ -649,18 +648,14 @@ def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypat
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
-def test_where_bfloat16_does_not_work_float32_is_taken(monkeypatch, error):
-    """As MPS before macOS 14 (TypeError) and GPUs without it (RuntimeError)."""
-
-    def autocast(*_, enabled, **__):
-        if enabled:
-            raise error("not here")
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(torch, "autocast", autocast)
-    assert vit.faster_precision(torch.device("cpu")) == ("float32", "bfloat16 does not work here")
-    with vit.set_up("cpu").autocast():  # and autocast is left alone from then on
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_gpu_takes_float32_every_time_and_autocast_is_left_alone(monkeypatch, device):
+    """A trial chose now this, now that (4 of 20 starts on an H100): one run's rows would be of both.
+    Not every device knows autocast, even disabled: MPS before macOS 14 raises TypeError."""
+    monkeypatch.delattr(torch, "autocast")
+    precision, _ = vit.faster_precision(torch.device(device))
+    assert precision == "float32"
+    with vit.Machine(torch.device("cpu"), precision, "", 0).autocast():
         torch.ones(2, 2) @ torch.ones(2, 2)
 
 
