@@ -21,7 +21,6 @@ import argparse
 import functools
 import io
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -477,9 +476,10 @@ def draw_patches(args: argparse.Namespace):
 
 def draw_reconstruction(args: argparse.Namespace):
     """What Model M answers: the black patches repainted, and the angle."""
-    state = vit.read_checkpoint(pathlib.Path(args.out) / "m.pt")
+    path = pathlib.Path(args.out) / "m.pt"
+    state = vit.read_checkpoint(path)
     model = vit.ModelM(vit.ViT(**state["config"])).eval()
-    model.load_state_dict(state["model"])
+    vit.load_weights(model, state["model"], path)
     images, augmented, masked, _, angle = task_examples(args, state["config"]["patch_size"])
     with torch.no_grad():
         logits, painted = model(augmented, masked)
@@ -914,7 +914,6 @@ TABLE = {
     "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
     "m_joint_probe": ("linear probe after Model M with InfoNCE", "infonce_longer_probe", "infonce_probe"),
-    "m_best_probe": ("the best of the Model M probes by validation", "untrained_probe"),
     "infonce_adamw_probe": ("linear probe after InfoNCE by AdamW instead of Muon", "untrained_probe"),
     "finetune_scratch": ("trained on labels from scratch",),
     "finetune_scratch_adamw": ("trained on labels from scratch by AdamW instead of Muon", "finetune_scratch"),
@@ -1000,17 +999,10 @@ def values_of(rows: dict[str, dict], key: str) -> str:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write out/report.md from results.json, and print its table; note there which Model M is best."""
+    """Write out/report.md from results.json, and print its table."""
     results, rows, out = vit.read_results(args.out), rows_of(args), pathlib.Path(args.out)
     if not rows:
         sys.exit(f"{out} has no rows of the {args.split} split yet; `bash run_all.sh` runs what writes them")
-    variants = [name for name in ("m_probe", "m_infonce_probe", "m_joint_probe") if name in rows]
-    if variants:
-        best = max(variants, key=lambda name: rows[name]["validation"])
-        rows["m_best_probe"] = rows[best] | {"variant": best}
-        results["rows"][vit.row_name(args, "m_best_probe")] = rows["m_best_probe"]
-    vit.write_file(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-
     table = [["row", "ours", "report", "control", "epochs", "time", "what it is", "command"]]
     others = {name: ("",) for name, row in rows.items() if name not in TABLE and "epochs" in row}
     for name, (what, *controls) in (TABLE | others).items():
@@ -1019,7 +1011,6 @@ def report(args: argparse.Namespace) -> None:
         row = rows[name]
         reported = row.get("report") or REPORTED.get(name)
         control = next((other for other in controls if other in rows), None)
-        details = ", ".join(row[key] for key in ("variant", "features") if key in row)
         cells = [
             name,
             in_words(name, row["value"]),
@@ -1027,7 +1018,7 @@ def report(args: argparse.Namespace) -> None:
             f"{control} {in_words(control, rows[control]['value'])}" if control else "",
             str(row.get("epochs", "")),
             f"{row['seconds'] / 60:.1f} min" if "seconds" in row else "",
-            f"{what} ({details})" if details else what,
+            f"{what} ({row['features']})" if "features" in row else what,
             f"`{row['command']}`",
         ]
         table.append(cells)

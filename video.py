@@ -333,7 +333,7 @@ def load_video(path: str) -> FactorisedEncoder:
     classes = len(state["model"]["head.bias"])
     frames, ordered = settings["frames"], settings["positions"]
     model = FactorisedEncoder(encoder, settings["blocks"], frames, classes, ordered)
-    model.load_state_dict(state["model"])
+    vit.load_weights(model, state["model"], path)
     return model
 
 

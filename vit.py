@@ -416,7 +416,8 @@ TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|tok
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, precision: str = "float32"):
     """A model's optimiser: "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all).
     `precision`: "float32" or "bfloat16", of Muon's iterations. To use another, write it in place of the call,
-    `torch.optim.SGD(model.parameters(), lr)`: schedule, checkpoint and resume take any.
+    `torch.optim.SGD(model.parameters(), lr)`: schedule, checkpoint and resume take any, and groups of
+    parameters with learning rates of their own, too.
 
     Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
     and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
@@ -678,6 +679,16 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
     return state
 
 
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | pathlib.Path) -> None:
+    """Give the model these weights, which come from `path`; SystemExit where they are of another network."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # its second line says what is missing, unexpected, or of another size
+        first = str(error).splitlines()[1].split(",")[0].strip()
+        why = f"{path} holds another network than the code makes now ({first})"
+        sys.exit(f"{why}; undo the edit, or train anew: --fresh, or another --name")
+
+
 def load_encoder(path: str | pathlib.Path) -> ViT:
     """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*)."""
     state = read_checkpoint(path)
@@ -685,7 +696,7 @@ def load_encoder(path: str | pathlib.Path) -> ViT:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
     encoder = ViT(**state["config"])
     own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
-    encoder.load_state_dict({name.split("encoder.", 1)[1]: state["model"][name] for name in own})
+    load_weights(encoder, {name.split("encoder.", 1)[1]: state["model"][name] for name in own}, path)
     return encoder
 
 
@@ -738,7 +749,8 @@ class Run:
     whatever makes it another run: where the checkpoint has others, it is not gone on with. `steps` are those
     of an epoch, `images` those of a step.
 
-    To stop early, decide from `run.history`, which a resumed run has, too, at the top of an epoch. Every
+    What else must survive a stop (an EMA teacher, say) belongs into `model`, or no checkpoint holds it. To
+    stop early, decide from `run.history`, which a resumed run has, too, at the top of an epoch. Every
     epoch's weights are kept with --keep-epochs, as NAME-epoch1.pt, ... A loop in a notebook's cell is no
     file whose edits could be told: give it another name, or fresh=True.
     """
@@ -783,7 +795,7 @@ class Run:
         state = read_checkpoint(self.path)
         refuse_other_settings(self.path, state["settings"], self.settings)
         edited = edited_since(state["code"])
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"], self.path)
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         self.machine = self.machine._replace(precision=state["precision"])  # another would be another run
         if state["finished"]:

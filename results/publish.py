@@ -157,7 +157,7 @@ def whole_table(runs: dict[str, dict]) -> str:
     lines = [[*heads, "control", "command"], ["---", "---", *["---:"] * numeric, "---", "---"]]
     for row, (what, *controls) in analysis.TABLE.items():
         numbers = [number(runs, profile, row) for profile in ("report", *profiles)]
-        if row == "m_best_probe" or set(numbers) == {"not measured"}:
+        if set(numbers) == {"not measured"}:
             continue
         measured = [c for c in controls if {number(runs, p, c) for p in profiles} != {"not measured"}]
         control = measured[0] if measured else ""

@@ -209,7 +209,7 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path, monke
     # by another name, and as precise as asked; the coursework's numbers are of its own two checkpoints only
     assert results["rows"]["mine_after"]["precision"] == "bfloat16" and "mine_after" not in text
     assert "report" not in results["rows"]["mine_before"] and "0.7353" in text
-    expected = {"pixels_probe", "untrained_probe", "m_probe", "finetune", "m_best_probe"}
+    expected = {"pixels_probe", "untrained_probe", "m_probe", "finetune"}
     assert expected | {"cka_before", "cka_after", "maps_after"} <= results["rows"].keys()
     assert results["dataset"] == "synthetic" and "SYNTHETIC" in text
     for row in results["rows"].values():

@@ -618,6 +618,19 @@ def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, mes
         vit.read_checkpoint(path)
 
 
+def test_weights_of_a_network_that_was_edited_since_get_one_sentence(tmp_path):
+    """A layer more, the first thing that a student tries."""
+    edited = vit.ViT(32, 8, 32, depth=1)
+    before = {"encoder." + name: x for name, x in edited.state_dict().items() if "norm2" not in name}
+    state = {"model": before, "config": edited.config, "epoch": 1, "settings": {}}
+    torch.save(state, tmp_path / "old.pt")
+    with pytest.raises(SystemExit, match="another network .*blocks.0.norm2.weight.*--fresh"):
+        vit.load_encoder(tmp_path / "old.pt")
+    wider = nn.Linear(3, 2)
+    with pytest.raises(SystemExit, match="another network .*size mismatch for weight"):
+        vit.load_weights(wider, nn.Linear(4, 2).state_dict(), "old.pt")
+
+
 def test_a_checkpoint_never_runs_code(tmp_path):
     class Evil:
         def __reduce__(self):
