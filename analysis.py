@@ -6,7 +6,7 @@
     movie      similarity maps and nearest neighbours epoch by epoch, as a GIF
     report     write the results table, with its pictures, to report.md
 
-Depends on vit.py and data.py: copy this file with those two. For CKA alone, StreamingCKA needs only torch.
+Depends on vit.py and data.py: copy this file with those two. linear_cka and StreamingCKA need only torch.
 
     python analysis.py maps cka --before runs/mine/m.pt --after runs/mine/finetune.pt --out runs/mine
     python analysis.py figures --out runs/mine
@@ -113,29 +113,38 @@ def maps(args: argparse.Namespace) -> None:
 
 def made_of(paths: dict[str, str], images: Tensor, labels: Tensor) -> dict[str, str]:
     """What a measurement depends on: hashes of the checkpoints' weights and of the images."""
-    weights = " ".join(vit.weights_of(path) for path in paths.values())
+    weights = " ".join(vit.hash_of_checkpoint(path) for path in paths.values())
     return {"weights": weights, "images": data.fingerprint(images, labels)}
 
 
 # ---------------------------------------------------------------- CKA
+# Do two layers (or two networks) see the same images as alike? Their features can't be compared one by one: a
+# network may turn or scale them at will and undo it in the next layer. But the Gram matrix X X^T [n, n] of a
+# representation X [n, D], the similarity of each image with each, is blind to turns. Linear CKA is the cosine
+# of two Gram matrices. X is centred first: what all images have in common says nothing about them, but would
+# make all Gram matrices alike. In feature space no n x n matrix is needed, as <X X^T, Y Y^T> = |X^T Y|_F^2.
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear CKA [] of two representations x [n, D] and y [n, E] of the same n images (Kornblith et al. 2019,
+    equations 1, 3 and 4):
+
+        CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
+
+    This is all of it, where all features fit into memory. What follows is the same, a batch at a time.
+    """
+    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+    xy, xx, yy = (x.T @ y).square().sum(), (x.T @ x).square().sum(), (y.T @ y).square().sum()  # HSIC, [] each
+    return xy / (xx * yy).sqrt()
 
 
 class StreamingCKA:
     """Linear CKA between all pairs of R representations of the same images, adding a batch at a time.
 
-    Do two layers (or two networks) see the same images as alike? Their features can't be compared one by
-    one: a network may turn or scale them at will and undo it in the next layer. But the Gram matrix X X^T
-    [n, n] of a representation X [n, D], the similarity of each image with each, is blind to turns. Linear
-    CKA is the cosine of two Gram matrices. X is centred first: what all images have in common says nothing
-    about them, but would make all Gram matrices alike. In feature space no n x n matrix is needed:
-
-        CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)),     HSIC(X, Y) = |X^T Y|_F^2   (X, Y centred)
-
-    (Kornblith et al. 2019, equations 1, 3 and 4). That estimate is biased upwards when n is not much larger
-    than D: even independent features get a positive score. Song et al. 2012 (equation 5; used for CKA by
-    Nguyen et al. 2021) remove the bias by leaving each image's similarity with itself out of the Gram
-    matrices. Their formula, too, is made of sums over images, so both come from the same few D x D sums
-    whatever n is.
+    linear_cka is biased upwards when n is not much larger than D: even independent features get a positive
+    score. Song et al. 2012 (equation 5; used for CKA by Nguyen et al. 2021) remove the bias by leaving each
+    image's similarity with itself out of the Gram matrices. Their formula, too, is made of sums over images,
+    so both estimates come from the same few D x D sums whatever n is.
     """
 
     def __init__(self):
@@ -154,16 +163,16 @@ class StreamingCKA:
             self.origin = z[0]
             self.sum = torch.zeros(D, dtype=z.dtype)  # of z
             self.products = torch.zeros(D, D, dtype=z.dtype)  # z^T z
-            self.own_z = torch.zeros(R, D, dtype=z.dtype)  # own^T z
-            self.own_own = torch.zeros(R, R, dtype=z.dtype)  # own^T own
+            self.own_times_z = torch.zeros(R, D, dtype=z.dtype)  # own^T z
+            self.own_times_own = torch.zeros(R, R, dtype=z.dtype)  # own^T own
         z = z - self.origin
         own = [part.square().sum(dim=1) for part in z.split(self.widths, dim=1)]
         own = torch.stack(own, dim=1)  # [b, R], each image's similarity with itself
         self.n += len(z)
         self.sum += z.sum(dim=0)
         self.products += z.T @ z
-        self.own_z += own.T @ z
-        self.own_own += own.T @ own
+        self.own_times_z += own.T @ z
+        self.own_times_own += own.T @ own
 
     def result(self, debiased: bool = False) -> Tensor:
         """CKA of every pair: [R, R]; nan in the row and column of a representation that is the same for all
@@ -184,9 +193,9 @@ class StreamingCKA:
         if not debiased:
             return (xy - torch.outer(x, y) / n).square().sum()  # xy centred: X^T Y
         # k, l [n]: each image's similarity with itself in X and in Y, the diagonals of X X^T and Y Y^T
-        xl = self.own_z[j].split(self.widths)[i]  # X^T l, [D_i]
-        yk = self.own_z[i].split(self.widths)[j]  # Y^T k, [D_j]
-        kl = self.own_own[i, j]  # k^T l
+        xl = self.own_times_z[j].split(self.widths)[i]  # X^T l, [D_i]
+        yk = self.own_times_z[i].split(self.widths)[j]  # Y^T k, [D_j]
+        kl = self.own_times_own[i, j]  # k^T l
         # K and L: X X^T and Y Y^T without their diagonals; 1: a vector of ones; x = X^T 1, y = Y^T 1
         trace = xy.square().sum() - kl  # tr(K L)
         middle = x @ xy @ y - xl @ x - yk @ y + kl  # 1^T K L 1 = (X x - k)^T (Y y - l)
@@ -235,7 +244,8 @@ def cka(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------- drawing (from here on it may be skipped)
-# A figure is boxes (Pillow images) in rows and columns; `grid` puts them there.
+# A figure is boxes (Pillow images) in rows and columns; `grid` puts them there. By hand, since a plotting
+# library would be one more to install for a dozen pictures.
 
 Box = Image.Image
 INK, GREY, LIGHT, PAPER = (30, 30, 36), (110, 110, 118), (226, 226, 230), (255, 255, 255)
@@ -614,10 +624,10 @@ def draw_optimizers(args: argparse.Namespace):
             lines[optimizer] = history_of(args, name).get(metric, [])
             seconds[optimizer] = vit.read_checkpoint(pathlib.Path(args.out) / f"{name}.pt")["seconds"]
         rows.append([chart(f"{title}, by epoch", lines), chart("the same, by seconds", lines, ends=seconds)])
-    caption = """The same training by two optimisers, each at the best of the learning rates
-    that were tried (results/tuning.md).
-    At the left by epochs; at the right by seconds on this run's machine: a step of Muon takes a little
-    longer. Partner found: in training; accuracy: on held-out images."""
+    caption = """The same training by two optimisers, each at its own learning rate: the best of those that
+    were tried, or within a point of it (results/tuning.md). At the left by epochs; at the right by seconds on
+    this run's machine, with all that it did beside. Partner found: in training; accuracy: on held-out
+    images."""
     return "What does the optimiser bring?", caption, grid(rows, 28, x=0)
 
 

@@ -79,7 +79,7 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     h = (area / ratio).sqrt().clamp(max=1)
     x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
     y = uniform(images, -1, 1, generator) * (1 - h)
-    w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)
+    w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)  # a negative width: mirrored
     zero = torch.zeros_like(w)
     theta = torch.stack([w, zero, x, zero, h, y], 1).view(-1, 2, 3)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # [B, S, S, 2]
@@ -90,9 +90,9 @@ def colour_jitter(images: Tensor, generator: Generator | None = None, strength: 
     """SimCLR's distortion of brightness, contrast, saturation and hue (Chen et al. 2020, appendix A).
 
     images: float [B, 3, S, S] in [0, 1] -> the same. `strength` is the paper's; 0.5 is its choice for
-    CIFAR-10 (appendix B.9), as are the 80 % of images that are distorted and the 20 % made grey. Without it
-    two crops of an image would be told by their colours alone, and nothing else would be learned (section
-    3.2).
+    CIFAR-10 (appendix B.9), where it leaves out the blur, too. 80 % of images are distorted, 20 % made grey,
+    as for ImageNet (appendix A). Without it two crops of an image would be told by their colours alone, and
+    nothing else would be learned (section 3.2).
 
     All but contrast are linear in a pixel's colour, so each image gets one 3x3 matrix. In YIQ a colour is its
     brightness Y and a point (I, Q) of the colour plane; saturation scales that point, hue turns it.
@@ -272,6 +272,7 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         return sum(len(m) // self.batch for m in self.members)
 
     def __iter__(self):
+        # far apart, so that no epoch of one seed is an epoch of another
         g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         batches = []

@@ -13,9 +13,10 @@ Part 4, without downloads:               a small BLIP and a small CLIP of the sa
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
 Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
-and vit.init_linear.) `tiny` is for where BLIP can't be
-downloaded, or would take a night:
+and vit.init_linear.) It goes on from video.py's model. `tiny` is for where BLIP can't be downloaded, or would
+take a night:
 
+    python video.py --checkpoint runs/mine/m.pt --blocks 1 --epochs 4
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
     python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
@@ -556,7 +557,8 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
     ids = ids.to(machine.device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
     weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)  # [V], V words in all
-    # of seven words and the end only the class is hard to find: it counts as much as all others together
+    # of seven words and the end only the class is hard to find: it counts a little more than all others do
+    # together; not tuned
     weight[-len(classes) :] = 8.0
     others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
 
@@ -651,7 +653,7 @@ def tiny(args: argparse.Namespace) -> None:
     machine = vit.set_up(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     encoder = vit.load_encoder(args.checkpoint)
-    start, pixels = vit.weights_of(args.checkpoint), data.fingerprint(images, labels)
+    start, pixels = vit.hash_of_checkpoint(args.checkpoint), data.fingerprint(images, labels)
     settings = vit.settings_of(args, encoder, start=start, images=pixels)
     if encoder.config["stem"]:
         sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not")
@@ -723,7 +725,7 @@ def fuse(args: argparse.Namespace) -> None:
     usual += "_seen" if header.get("seen") else ""
     usual += "_tokens" if args.text == "tokens" else ""
 
-    settings = vit.settings_of(args, base.encoder, start=vit.weights_of(start), clip=clip)
+    settings = vit.settings_of(args, base.encoder, start=vit.hash_of_checkpoint(start), clip=clip)
     settings |= {"blocks": len(base.blocks), "words": vit.hash_of_files(args.captions)}
     settings |= {"images": data.fingerprint(splits["train"].images, splits["train"].labels)}
 
@@ -849,7 +851,7 @@ def main() -> None:
     add("--captions", metavar="FILE", required=True, help="caption file, embedded before")
     add("--blocks", type=int, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
     add("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
-    add("--text", choices=["pooled", "tokens"], default="pooled", help="a vector a caption, or a word")
+    add("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word")
     controls = ["none", "image_only", "text_only", "shuffled"]
     add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
     add("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")

@@ -43,10 +43,11 @@ class FactorisedEncoder(nn.Module):
     """Factorised encoder (Arnab et al. 2021, section 3.3, model 2): first space, then time.
 
     The image encoder sums up each frame in its CLS token; a temporal transformer sums up those in a CLS
-    token of its own. Its blocks start as copies of the image encoder's last ones, since these already work
-    on what it gets, a sentence of finished tokens with a CLS token that collects; the first ones expect
-    pixels. `ordered`: frames have positions, as in ViViT. A pseudo-video has no order, so they can't help
-    here; without them any order of the frames gives the same answer (a control: video_unordered).
+    token of its own. Its blocks start as copies of the image encoder's last ones, which know best how a CLS
+    token collects from tokens that are nearly finished; the first ones expect patch embeddings. (What they
+    get is not quite what they know: it has been through the encoder's last norm.) `ordered`: frames have
+    positions, as in ViViT. A pseudo-video has no order, so they can't help here; without them any order of
+    the frames gives the same answer (a control: video_unordered).
     """
 
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10, ordered=True):
@@ -220,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
     machine, source = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
-    encoder, start = vit.load_encoder(args.checkpoint), vit.weights_of(args.checkpoint)
+    encoder, start = vit.load_encoder(args.checkpoint), vit.hash_of_checkpoint(args.checkpoint)
     if not 1 <= args.blocks <= len(encoder.blocks):
         sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose --blocks from 1 to that")
     try:

@@ -188,7 +188,8 @@ def standardise(images: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Small weights and zero biases in linear layers, ViT's usual start (for use with nn.Module.apply)."""
+    """Small weights and zero biases in linear layers, as timm's and DeiT's ViTs start (for use with
+    nn.Module.apply). The patch embedding, a convolution, and the heads put on later keep PyTorch's start."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -331,8 +332,8 @@ class Muon(torch.optim.Optimizer):
     All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about 1 /
     sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is about the root mean square of
     an AdamW step's entries (Liu et al. 2025, section 2.2). So the two can share a learning rate and a decay.
-    That it is four to eight times AdamW's own best was found by trying (results/tuning.md); another one for
-    the part that AdamW keeps was not tried.
+    That the best one is two to eight times AdamW's own was found by trying (results/tuning.md); another one
+    for the part that AdamW keeps was not tried.
 
     A parameter [rows, ...] counts as one matrix: a convolution that embeds patches, [D, 3, P, P], as
     [D, 3*P*P]. `parts`, a key of a parameter group, says that its weights are so many matrices on top of each
@@ -375,7 +376,8 @@ class Muon(torch.optim.Optimizer):
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint."""
+    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint. (It is called an
+    Optimizer since PyTorch's schedules take nothing else; it has no parameters of its own.)"""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -422,7 +424,8 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
     Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
     and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
     0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need. Neither
-    was tuned.
+    was tuned. Raises ValueError for "muon" where no weight is inside by its name: AdamW alone needs another
+    learning rate.
     """
     inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
     for name, p in model.named_parameters():
@@ -435,10 +438,12 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
             matrices.append(p)
     decayed = {"params": matrices, "weight_decay": weight_decay}
     adamw = torch.optim.AdamW([decayed, {"params": others, "weight_decay": 0.0}], lr, (0.9, 0.99), fused=True)
-    if not inside:
+    if kind == "adamw":
         return adamw
-    turned, rest = sum(map(len, inside.values())), len(matrices) + len(others)
-    print(f"optimiser: Muon for {turned} weights (see vit.INSIDE), AdamW for {rest} others")
+    if not inside:
+        raise ValueError("no weight's name says that Muon is for it; extend vit.INSIDE, or choose adamw")
+    by_muon, by_adamw = sum(map(len, inside.values())), len(matrices) + len(others)
+    print(f"optimiser: Muon for {by_muon} weights (see vit.INSIDE), AdamW for {by_adamw} others")
     groups = [{"params": weights, "parts": parts} for parts, weights in inside.items()]
     muon = Muon(groups, lr, weight_decay=weight_decay, precision=getattr(torch, precision))
     return Together(muon, adamw)
@@ -448,8 +453,9 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     """The share of the peak learning rate in this step, counted from 0, of `total`: a linear rise over the
     first share `warmup` of them, then half a cosine down to zero (SGDR, Loshchilov and Hutter 2017).
 
-    The rise is there as a mean over few gradients is no mean yet; the fall, as a network that takes full
-    steps to the end is still being thrown about when it is stopped.
+    The rise is there as a mean over few gradients is no mean yet. (As pre-norm needs no long one, its length
+    hardly matters: 0.02 to 0.3 of the steps were level, results/tuning.md.) The fall is there as a network
+    that takes full steps to the end is still being thrown about when it is stopped.
     """
     rise = min(warmup * total, total - 1)  # at least one step of falling
     if step < rise:
@@ -574,9 +580,9 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
 
     Some CPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 30 times
     slower. So little work tells them apart: the best of three products in each, in one thread's own time,
-    which stays the same however busy the machine is. A GPU needs no trial: it multiplies matrices as small as
-    ours faster than it is told to, and converting is one more thing to tell it (an H100 trained by InfoNCE on
-    6,900 images/s in float32, on 5,200 in bfloat16).
+    which stays the same however busy the machine is. On a GPU not the arithmetic of so small a network takes
+    the time but the launching of its kernels, and autocast adds some (an H100, width 128, batch 128, InfoNCE:
+    6,900 images/s in float32, 5,200 in bfloat16). For a much wider network try --precision bfloat16 there.
     """
     if device.type != "cpu":
         return "float32", "which asks for fewer kernels than bfloat16"
@@ -658,7 +664,7 @@ def hash_of_weights(weights: dict[str, Tensor]) -> str:
     return hash_of(*(name.encode() + x.cpu().numpy().tobytes() for name, x in sorted(weights.items())))
 
 
-def weights_of(path: str | pathlib.Path) -> str:
+def hash_of_checkpoint(path: str | pathlib.Path) -> str:
     """hash_of_weights of a checkpoint ("" for no path)."""
     return hash_of_weights(read_checkpoint(path)["model"]) if path else ""
 
@@ -739,7 +745,7 @@ class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again.
 
         run = Run(...)                                 # goes on from out/NAME.pt where there is one
-        for epoch in range(run.epoch, epochs):
+        for epoch in range(run.epoch, run.epochs):     # none, where it is finished
             for ... : ...; run.log(loss=loss)          # a step: what the loop does, and its numbers
             run.save()                                 # the epoch's means; the checkpoint
         run.finish()                                   # from here on the run counts as finished

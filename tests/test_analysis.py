@@ -43,6 +43,7 @@ def test_streaming_cka_equals_brute_force(debiased):
     y += 0.3 * torch.randn(100, 9, dtype=torch.float64)
     found = streamed(x, y, debiased=debiased)
     assert found[0, 1].item() == pytest.approx(brute_force_cka(x, y, debiased).item(), abs=1e-10)
+    assert debiased or analysis.linear_cka(x, y).item() == pytest.approx(found[0, 1].item(), abs=1e-10)
     torch.testing.assert_close(found, found.T)
     torch.testing.assert_close(found, streamed(x, y, debiased=debiased, batch=100))
 

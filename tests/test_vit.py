@@ -202,11 +202,11 @@ def test_a_step_of_muon_is_as_long_as_one_of_adamw():
 
 
 def groups(model, kind):
-    """Which parameters the optimiser turns as matrices, which it lets decay, which it leaves alone."""
+    """Which parameters Muon steps, which AdamW does and lets decay, and which without."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {"turned": set(), "decayed": set(), "left": set()}
+    found = {"by_muon": set(), "decayed": set(), "left": set()}
     for group in vit.make_optimizer(model, kind, 1e-3, 0.1).param_groups:
-        what = "turned" if "parts" in group else "decayed" if group["weight_decay"] else "left"
+        what = "by_muon" if "parts" in group else "decayed" if group["weight_decay"] else "left"
         found[what] |= {names[id(p)] for p in group["params"]}
     assert sum(map(len, found.values())) == len(names)  # each once
     return found
@@ -217,9 +217,9 @@ def test_muon_gets_the_matrices_inside_and_adamw_the_rest_of_which_only_matrices
     block = [f"encoder.blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
     heads = ["rotation_head.weight", "reconstruction_head.weight", "projector.0.weight", "projector.2.weight"]
     muon, adamw = groups(model, "muon"), groups(model, "adamw")
-    assert muon["turned"] == {*block, "encoder.patch_embedding.weight"}
+    assert muon["by_muon"] == {*block, "encoder.patch_embedding.weight"}
     assert muon["decayed"] == set(heads) and muon["left"] == adamw["left"]
-    assert adamw["decayed"] == muon["turned"] | muon["decayed"]
+    assert adamw["decayed"] == muon["by_muon"] | muon["decayed"]
     assert {"encoder.cls", "encoder.positions", "encoder.norm.weight"} <= muon["left"]
 
 
@@ -234,25 +234,29 @@ def test_class_and_position_tables_of_blip_and_clip_do_not_decay():
     tables = ["vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"]
     tables += [f"text_decoder.bert.embeddings.{name}_embeddings.weight" for name in ("word", "position")]
     assert set(tables) <= blip["left"]
-    assert "vision_model.encoder.layers.0.self_attn.qkv.weight" in blip["turned"]
-    assert "text_decoder.bert.encoder.layer.0.crossattention.self.query.weight" in blip["turned"]
+    assert "vision_model.encoder.layers.0.self_attn.qkv.weight" in blip["by_muon"]
+    assert "text_decoder.bert.encoder.layer.0.crossattention.self.query.weight" in blip["by_muon"]
     image = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
     words = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
     clip = groups(open_clip.CLIP(8, image, words), "muon")
     assert {"token_embedding.weight", "positional_embedding", "visual.class_embedding"} <= clip["left"]
-    assert "transformer.resblocks.0.attn.in_proj_weight" in clip["turned"]
+    assert "transformer.resblocks.0.attn.in_proj_weight" in clip["by_muon"]
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(3, 2), nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 2)])})]
-)
-def test_a_model_with_nothing_for_muon_or_only_a_block_is_stepped(model):
+def test_a_model_that_is_only_a_block_is_stepped():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 2)])})
     optimizer = vit.make_optimizer(model, "muon", 1e-2, 0.0)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_a_model_of_other_names_is_not_given_to_adamw_at_muons_learning_rate():
+    with pytest.raises(ValueError, match="extend vit.INSIDE, or choose adamw"):
+        vit.make_optimizer(nn.Linear(3, 2), "muon", 4e-3, 0.0)
+    assert len(vit.make_optimizer(nn.Linear(3, 2), "adamw", 1e-3, 0.0).param_groups) == 2
 
 
 def test_muon_never_waits_for_the_device():
