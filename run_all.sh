@@ -250,7 +250,7 @@ if [ -n "$questions" ]; then
   some="--labels 0.1 --epochs 20"
   stage "from scratch, 1 % of the labels" $train ssl.py finetune $few --cutmix 0 --name finetune_scratch_1
   stage "and with 10 %" $train ssl.py finetune $some --cutmix 0 --name finetune_scratch_10
-  for start in m infonce m_joint; do
+  for start in m infonce infonce_longer m_joint; do
     stage "fine-tuning $start, 1 % of the labels" \
       $train ssl.py finetune --checkpoint $out/$start.pt $few --cutmix 0 --name finetune_${start}_1
     stage "and with 10 %" $train ssl.py finetune --checkpoint $out/$start.pt $some --cutmix 0 --name finetune_${start}_10
@@ -261,7 +261,7 @@ if [ -n "$questions" ]; then
   done
   for labels in 0.01 0.1; do
     stage "probes with that share of the labels: $labels" \
-      python ssl.py probe --checkpoint untrained $out/{m,infonce,m_joint}.pt --labels $labels
+      python ssl.py probe --checkpoint pixels untrained $out/{m,infonce,infonce_longer,m_joint}.pt --labels $labels
   done
 
   # what does each half of Model M's task bring, and does its border betray a turned patch?
