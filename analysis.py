@@ -908,23 +908,23 @@ def language_rows(who: str) -> dict[str, tuple]:
         f"{fusion}_text_only": (f"{by}: text only", f"captions_{who}"),
         f"{fusion}_image_only": (f"{by}: image only, without the cross-attention", "video_encoder_2"),
         fusion: (f"{by}: fusion, two blocks", f"{fusion}_image_only"),
-        f"{fusion}_1": (f"{by}: fusion, one block", fusion),
+        f"{fusion}_1": (f"{by}: fusion, one block", "video_encoder_1"),
         f"{fusion}_tokens": (f"{by}: fusion, attention over words", fusion),
         f"{fusion}_shuffled": (f"{by}: fusion, every caption from another image", f"{fusion}_image_only"),
         f"{fusion}_seen": (f"{by} from a captioner that saw the labels: fusion", fusion),
     }
 
 
-# row of results.json -> what it is; then the row it has to beat to mean anything (the first that is there)
+# row of results.json -> what it is; then its control, the row that it is compared with (the first that is there)
 TABLE = {
     "pixels_probe": ("linear probe of raw pixels",),
     "untrained_probe": ("linear probe of an untrained encoder",),
-    "infonce_probe": ("linear probe after InfoNCE", "untrained_probe"),
+    "infonce_probe": ("linear probe after InfoNCE", "pixels_probe"),
     "infonce_longer_probe": ("linear probe after InfoNCE, as long as m_joint", "infonce_probe"),
-    "m_probe": ("linear probe after Model M, from scratch", "untrained_probe"),
+    "m_probe": ("linear probe after Model M, from scratch", "pixels_probe"),
     "m_infonce_probe": ("linear probe after Model M, continued from InfoNCE", "infonce_probe"),
     "m_joint_probe": ("linear probe after Model M with InfoNCE", "infonce_longer_probe", "infonce_probe"),
-    "infonce_adamw_probe": ("linear probe after InfoNCE by AdamW instead of Muon", "untrained_probe"),
+    "infonce_adamw_probe": ("linear probe after InfoNCE by AdamW instead of Muon", "infonce_probe"),
     "finetune_scratch": ("trained on labels from scratch",),
     "finetune_scratch_adamw": ("trained on labels from scratch by AdamW instead of Muon", "finetune_scratch"),
     "finetune_adamw": ("fine-tuned after Model M with InfoNCE, by AdamW instead of Muon", "finetune"),
@@ -937,10 +937,10 @@ TABLE = {
     "video_divided_2": ("video, factorised self-attention, two blocks", "video_divided_1"),
     "video_encoder_1_probe": ("linear probe of the image encoder after video training", "m_joint_probe"),
     "video_unordered": ("video, one block, without temporal positions", "video_encoder_1"),
-    "video_report_1": ("video, the report's training, one block",),
+    "video_report_1": ("video, clips alone as we read the report, one block", "finetune"),
     "video_report_1_probe": ("linear probe of its image encoder", "m_joint_probe"),
-    "video_report_2": ("video, the report's training, two blocks", "video_report_1"),
-    "video_muon": ("video, the report's clips, by Muon instead of AdamW", "video_report_1"),
+    "video_report_2": ("video, clips alone as we read the report, two blocks", "video_report_1"),
+    "video_muon": ("video, these clips, by Muon instead of AdamW", "video_report_1"),
     "video_random": (
         "video, and 10 clips a step instead of 1, 10 times the learning rate",
         "video_muon",
@@ -990,7 +990,7 @@ def in_words(name: str, *values: float) -> str:
     """A row's number as tables have it: accuracies in percent, CKA and entropies plain; of several seeds the
     mean and standard deviation."""
     scale, digits, unit = (1, 4, "") if name.startswith(("cka", "maps")) else (100, 2, " %")
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * statistics.mean(values):.{digits}f}{spread}{unit}"
 
 

@@ -83,7 +83,7 @@ case $profile in
     cutmix=0 frozen=4 enlarge=40 ;;
   full)  # the report's for Model M, fine-tuning and clips; it names none for InfoNCE and captions
     epochs_infonce=20 epochs_m=20 epochs_continued=20 epochs_finetune=50 epochs_video=25 epochs_captioner=25 epochs_fusion=25
-    cutmix=0.5 frozen=0 enlarge=48 ;;  # CutMix pays in long training only
+    cutmix=0.5 frozen=0 enlarge=48 ;;  # CutMix is meant for long training
 esac
 
 NPROC=${NPROC:-1} train=python clips=python  # what starts the stages that train, and those that train on clips

@@ -276,8 +276,8 @@ def pretrain(args: argparse.Namespace) -> None:
 # Two habits against learning the training images by heart. Label smoothing asks for 0.91 on the right class
 # instead of 1 (Szegedy et al. 2016; 0.1 is their value), so that logits need not grow for ever. CutMix
 # pastes a piece of another image, and asks for both classes by their shares of the pixels; half of the
-# batches, as is usual for CIFAR (Yun et al. 2019): --cutmix 0.5. It pays in long training only: the default
-# is none, and of run_all.sh's profiles only full has it.
+# batches, as is usual for CIFAR (Yun et al. 2019): --cutmix 0.5. It is meant for long training (theirs: 300
+# epochs): the default is none, and of run_all.sh's profiles only full has it. What it brings: not measured.
 
 
 def finetune(args: argparse.Namespace) -> None:
