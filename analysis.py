@@ -915,7 +915,7 @@ def language_rows(who: str) -> dict[str, tuple]:
     }
 
 
-# row of results.json -> what it is; then its control, the row that it is compared with (the first that is there)
+# row of results.json -> what it is; then its control: the row it is compared with (the first that is there)
 TABLE = {
     "pixels_probe": ("linear probe of raw pixels",),
     "untrained_probe": ("linear probe of an untrained encoder",),
