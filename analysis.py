@@ -152,9 +152,8 @@ class StreamingCKA:
 
     def add(self, *representations: Tensor) -> None:
         """One batch: R tensors [b, D_r], rows belonging to the same images. float64 inside, on the CPU."""
-        z = torch.cat(
-            [r.detach().cpu().double() for r in representations], dim=1
-        )  # [b, D], D: sum of the D_r
+        features = [r.detach().cpu().double() for r in representations]
+        z = torch.cat(features, dim=1)  # [b, D], D: sum of the D_r
         if self.n == 0:
             R, D = len(representations), z.shape[1]
             self.widths = [r.shape[1] for r in representations]
@@ -453,9 +452,8 @@ def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
     """Two images for each of the four angles, 0 to 270 degrees twice over, augmented as Model M sees them:
     images, augmented images [8, 3, S, S] each, masked, turned patches [8, M] each, angles [8]."""
     images, _ = data.load(args.data, "validation", limit=200)
-    images = (
-        images.repeat(math.ceil(200 / len(images)), 1, 1, 1).float() / 255
-    )  # so many that no angle is missing
+    images = images.repeat(math.ceil(200 / len(images)), 1, 1, 1)  # so many that no angle is missing
+    images = images.float() / 255
     quarter = (images.shape[-1] // patch) ** 2 // 4
     drawn = data.patch_augment(images, torch.Generator().manual_seed(args.seed), patch, quarter, quarter)
     angle = drawn[-1]

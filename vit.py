@@ -346,6 +346,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move every weight that has a gradient."""
         alike = {}  # shape, scale, precision -> (weight, direction) of all matrices that have these
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
@@ -388,6 +389,7 @@ class Together(torch.optim.Optimizer):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self):
+        """A step of each."""
         for optimizer in self.optimizers:
             optimizer.step()
 
