@@ -104,8 +104,8 @@ def colour_jitter(images: Tensor, generator: Generator | None = None, strength: 
     contrast = 1 + distorted * uniform(images, -most, most, generator)  # [B]
     saturation = 1 + distorted * uniform(images, -most, most, generator)  # [B]
     saturation = torch.where(grey, 0.0, saturation)
-    turn = 0.2 * strength  # of a whole turn
-    hue = 2 * math.pi * distorted * uniform(images, -turn, turn, generator)  # [B], radians
+    furthest = 0.2 * strength  # of a whole turn
+    hue = 2 * math.pi * distorted * uniform(images, -furthest, furthest, generator)  # [B], radians
 
     cos, sin = saturation * hue.cos(), saturation * hue.sin()  # [B]
     zero, one = torch.zeros_like(hue), torch.ones_like(hue)
@@ -247,8 +247,8 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         for index in sampler: frames = images[index]
 
     labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each
-    class and then the order of the batches, by (seed, epoch). Iterating begins the next epoch by itself; who
-    resumes says with `set_epoch` which one is next. No index comes twice in an epoch; of each class a rest
+    class and then the order of the batches, by (seed, epoch). Iterating begins the next epoch by itself;
+    after a resume say with `set_epoch` which one is next. No index comes twice in an epoch; of each class a rest
     smaller than `batch` is dropped, another one each epoch. Raises ValueError when a class has fewer than
     `batch` images.
     """
