@@ -463,22 +463,25 @@ def task_examples(args: argparse.Namespace, patch: int) -> tuple[Tensor, ...]:
 
 
 def draw_patches(args: argparse.Namespace):
-    """The report's first figure: set A, and what becomes of its patches."""
+    """The report's first figure: set A, half of the patches, and what becomes of them."""
     images, augmented, masked, turned, angle = task_examples(args, 8)
     rows = [[text("the image"), text("set A, patches by number"), text("what Model M sees")]]
+    side = images.shape[-1] // 8  # patches in a row
     for i in range(4):
-        image, seen = picture(pixels(images[i]), 160), picture(pixels(augmented[i]), 160)
+        image, seen = picture(pixels(images[i]), 40 * side), picture(pixels(augmented[i]), 40 * side)
         numbered = image.copy()
         for ink, patches in ((ORANGE, masked[i].tolist()), (BLUE, turned[i].tolist())):
             for p in patches:
-                x, y = 40 * (p % 4), 40 * (p // 4)
+                x, y = 40 * (p % side), 40 * (p // side)
                 ImageDraw.Draw(numbered).rectangle([x, y, x + 39, y + 39], outline=ink, width=3)
                 numbered.paste(tile(str(p), 20, 16, ink), (x, y))
         about = [[text(f"blacked out: {masked[i].tolist()}", ink=ORANGE)]]
         about += [[text(f"turned by {90 * angle[i]}°: {turned[i].tolist()}", ink=BLUE)]]
         rows.append([image, numbered, seen, grid(about, x=0)])
-    caption = """Eight of an image's 16 patches, at random, are set A: four are blacked out, four turned
-    counter-clockwise by one angle. Model M names the angle and repaints the black patches, without labels."""
+    number = side * side
+    caption = f"""{number // 2} of an image's {number} patches, at random, are set A: {number // 4} are
+    blacked out, {number // 4} turned counter-clockwise by one angle. Model M names the angle and repaints the
+    black patches, without labels."""
     return "Patch augmentation", caption, grid(rows, 16, x=0)
 
 
@@ -517,7 +520,7 @@ def draw_maps(args: argparse.Namespace):
         column = [text(names[stored["labels"][i]]), picture(image, 84)]
         for cosine in cosines[i]:
             small = Image.fromarray(cosine.reshape(side, side).astype(np.float32))
-            large = np.asarray(small.resize((32, 32), Image.BILINEAR))  # the report's 4x4 -> 32x32
+            large = np.asarray(small.resize(image.shape[:2], Image.BILINEAR))  # the report's 4x4 -> 32x32
             light = (large - large.min()) / (large.max() - large.min() + 1e-9)
             column.append(picture(colour((large - low) / (high - low)), 84))
             column.append(picture(image * (0.1 + 0.9 * light[..., None]), 84))
@@ -538,14 +541,16 @@ def draw_tokens(args: argparse.Namespace):
     """The whole token-by-token similarity matrix of three images."""
     stored, names = np.load(vit.arrays_path(args, "maps")), data.source(args.data).classes
     low = min(stored["before"].min(), stored["after"].min())
-    size = 15 * stored["before"].shape[1]
+    tokens = stored["before"].shape[1]
+    cell = max(3, 255 // tokens)  # pixels
+    size = cell * tokens
     rows = [[EMPTY, *(text(names[label]) for label in stored["labels"][:3])]]
     for when in ("before", "after"):
         rows.append([text(f"{when}\nfine-tuning")])
         for similarity in stored[when][:3]:
             box = picture(colour((similarity - low) / (1 - low)), size)
-            box.paste(PAPER, (14, 0, 16, size))  # CLS is set apart from the patches
-            box.paste(PAPER, (0, 14, size, 16))
+            box.paste(PAPER, (cell - 1, 0, cell + 1, size))  # CLS is set apart from the patches
+            box.paste(PAPER, (0, cell - 1, size, cell + 1))
             rows[-1].append(box)
     body = grid([[grid(rows, 16)], [scale_bar(low, 1.0, "cosine")]], 14)
     caption = """Cosine between all tokens, from left to right and from top to bottom: CLS (set apart by

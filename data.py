@@ -248,9 +248,9 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
 
     labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each
     class and then the order of the batches, by (seed, epoch). Iterating begins the next epoch by itself;
-    after a resume say with `set_epoch` which one is next. No index comes twice in an epoch; of each class a rest
-    smaller than `batch` is dropped, another one each epoch. Raises ValueError when a class has fewer than
-    `batch` images.
+    after a resume say with `set_epoch` which one is next. No index comes twice in an epoch; of each class a
+    rest smaller than `batch` is dropped, another one each epoch. Raises ValueError when a class has fewer
+    than `batch` images.
     """
 
     drop_last = True  # this and batch_size: as Accelerate and others read them
@@ -292,7 +292,7 @@ class Source(NamedTuple):
     name: str
     classes: list[str]  # by label
     provenance: str  # in one line: where the pixels come from
-    read: Callable  # split, limit -> images uint8 [n, 3, 32, 32], labels int64 [n]
+    read: Callable  # split, limit -> images uint8 [n, 3, S, S], labels int64 [n]
 
 
 def source(data: str) -> Source:
@@ -304,7 +304,7 @@ def source(data: str) -> Source:
 
 
 def load(data: str, split: str, device: torch.device | str = "cpu", limit: int | None = None):
-    """One split on the device: images uint8 [n, 3, 32, 32] and labels int64 [n].
+    """One split on the device: images uint8 [n, 3, S, S] (CIFAR-10: S = 32) and labels int64 [n].
 
     train       45,000 images
     validation   5,000, held out of the official training set, always the same: choose with these

@@ -13,8 +13,8 @@ Part 4, without downloads:               a small BLIP and a small CLIP of the sa
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
 Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
-and vit.init_linear.) It goes on from video.py's model. `tiny` is for where BLIP can't be downloaded, or would
-take a night:
+and vit.init_linear.) It continues from video.py's model. `tiny` is for where BLIP can't be downloaded, or
+would take a night:
 
     python video.py --checkpoint runs/mine/m.pt --blocks 1 --epochs 4
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2 --frozen 4 --enlarge 40
@@ -599,21 +599,22 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
         sys.exit(f"can't write {folder} ({first_line(error)}); free some space, then type the same command")
 
 
-# small enough to train in a minute; not tuned
-SMALL_CLIP = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
+def small_clip(size: int) -> dict:
+    """open_clip's configuration of a CLIP for images of `size` pixels, small enough to train in a minute; not
+    tuned."""
+    image = {"image_size": size, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    return {"embed_dim": 64, "vision_cfg": image, "text_cfg": text}
 
 
 def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: vit.Machine) -> None:
     """Train a small CLIP on images and sentences, for one epoch; writes the folder out/tiny_clip."""
     import open_clip  # only here: it takes seconds
 
-    model = open_clip.CLIP(**SMALL_CLIP).to(machine.device)
+    config = small_clip(images.shape[-1])
+    model = open_clip.CLIP(**config).to(machine.device)
     parallel = vit.data_parallel(model)
-    tokenizer = open_clip.SimpleTokenizer(context_length=SMALL_CLIP["text_cfg"]["context_length"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     tokens = tokenizer(truth).to(machine.device)  # [n, 16]
     contrast = open_clip.ClipLoss()
 
@@ -639,7 +640,7 @@ def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: 
         run.save()
     run.finish()
     folder = pathlib.Path(args.out, "tiny_clip")
-    vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": SMALL_CLIP}).encode())
+    vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": config}).encode())
     vit.write_tensors(folder / "open_clip_pytorch_model.bin", model.state_dict())
 
 
@@ -652,7 +653,7 @@ def tiny(args: argparse.Namespace) -> None:
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
     machine = vit.set_up(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
-    encoder = vit.load_encoder(args.checkpoint)
+    encoder = vit.make_encoder(args.checkpoint, images.shape[-1], None, None, False)
     start, pixels = vit.hash_of_checkpoint(args.checkpoint), data.fingerprint(images, labels)
     settings = vit.settings_of(args, encoder, start=start, images=pixels)
     if encoder.config["stem"]:

@@ -252,7 +252,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Train an encoder without labels, by --task."""
     machine = vit.set_up(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
-    encoder = vit.make_encoder(args.init, args.patch, args.dim, args.stem)
+    encoder = vit.make_encoder(args.init, images.shape[-1], args.patch, args.dim, args.stem)
     if 2 * args.gap >= encoder.config["patch_size"]:
         sys.exit(f"--gap {args.gap} leaves nothing of a patch; choose a smaller one")
     in_parts = args.pretext != "both" or args.gap > 0
@@ -286,7 +286,7 @@ def finetune(args: argparse.Namespace) -> None:
     machine, source = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
     images, labels = labelled(args.data, args.labels, args.limit, machine.device)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
-    encoder = vit.make_encoder(args.checkpoint, args.patch, args.dim, args.stem)
+    encoder = vit.make_encoder(args.checkpoint, images.shape[-1], args.patch, args.dim, args.stem)
     settings = vit.settings_of(
         args, encoder, start=vit.hash_of_checkpoint(args.checkpoint), images=data.fingerprint(images, labels)
     )
@@ -426,7 +426,7 @@ def probe(args: argparse.Namespace) -> None:
         percent = "" if args.labels == 1 else f"_{100 * args.labels:g}"
         name = args.name or f"{pathlib.Path(path).stem}_probe{percent}"
         torch.manual_seed(args.seed)  # an untrained encoder does not depend on the rows before it
-        encoder, row = to_be_probed(path, args)
+        encoder, row = to_be_probed(path, images[args.split].shape[-1], args)
         row |= {"images": data.fingerprint(images[args.split], labels[args.split])}
         if vit.measured(args, name, row):
             continue
@@ -437,16 +437,17 @@ def probe(args: argparse.Namespace) -> None:
         vit.record(args, name, machine, source, **row)
 
 
-def to_be_probed(path: str, args: argparse.Namespace) -> tuple[vit.ViT | None, dict]:
-    """The encoder that `probe` is asked about (None: the pixels themselves), and how it was trained."""
+def to_be_probed(path: str, size: int, args: argparse.Namespace) -> tuple[vit.ViT | None, dict]:
+    """The encoder that `probe` is asked about (None: the pixels themselves), and how it was trained. `size`:
+    of the images, in pixels."""
     if path == "pixels":
         return None, {"weights": "", "epochs": 0, "seconds": 0.0}
     if path == "untrained":
-        encoder = vit.make_encoder(None, args.patch, args.dim, args.stem)
+        encoder = vit.make_encoder(None, size, args.patch, args.dim, args.stem)
         weights = vit.hash_of_weights(encoder.state_dict())
         state = {"epoch": 0, "seconds": 0.0, "history": {}}
     else:
-        encoder = vit.make_encoder(path, args.patch, args.dim, args.stem)
+        encoder = vit.make_encoder(path, size, args.patch, args.dim, args.stem)
         state = vit.read_checkpoint(path)
         weights = vit.hash_of_weights(state["model"])
     row = {"weights": weights, "epochs": state["epoch"], "seconds": state["seconds"]}

@@ -1040,16 +1040,20 @@ def encoder_arguments() -> argparse.ArgumentParser:
     return p
 
 
-def make_encoder(checkpoint: str | None, patch: int | None, dim: int | None, stem: bool) -> ViT:
-    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder."""
+def make_encoder(checkpoint: str | None, size: int, patch: int | None, dim: int | None, stem: bool) -> ViT:
+    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder. `size`: of
+    the images, in pixels."""
     try:
-        encoder = load_encoder(checkpoint) if checkpoint else ViT(32, patch or 8, dim or 128, stem=stem)
+        encoder = load_encoder(checkpoint) if checkpoint else ViT(size, patch or 8, dim or 128, stem=stem)
     except ValueError as error:
         sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
     for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
         option, has = name.removesuffix("_size"), encoder.config[name]
         if asked not in (None, has):
             sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
+    has = encoder.config["image_size"]
+    if has != size:
+        sys.exit(f"the encoder in {checkpoint} reads images of {has}x{has} pixels, not {size}x{size}")
     tokens, width = 1 + encoder.patches, encoder.config["dim"]
     print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder
@@ -1120,7 +1124,7 @@ def command(parser: argparse.ArgumentParser, source) -> None:
 def main() -> None:
     description, parents = "print the network, layer by layer", [common_arguments(), encoder_arguments()]
     args = argparse.ArgumentParser(description=description, parents=parents).parse_args()
-    encoder = make_encoder(None, args.patch, args.dim, args.stem)
+    encoder = make_encoder(None, 32, args.patch, args.dim, args.stem)
     for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
         print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
     print(encoder)

@@ -284,9 +284,9 @@ def small_clip(folder):
     """A small open_clip model as a folder that open_clip itself can load."""
     import open_clip
 
-    model = randomise(open_clip.CLIP(**multimodal.SMALL_CLIP))
+    model = randomise(open_clip.CLIP(**multimodal.small_clip(32)))
     folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": multimodal.SMALL_CLIP}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": multimodal.small_clip(32)}))
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     return model
 
@@ -295,7 +295,7 @@ def test_an_open_clip_checkpoint_is_loaded_from_a_folder_and_from_a_file(tmp_pat
     import open_clip
 
     saved = small_clip(tmp_path)
-    (tmp_path / "small.json").write_text(json.dumps(multimodal.SMALL_CLIP))
+    (tmp_path / "small.json").write_text(json.dumps(multimodal.small_clip(32)))
     open_clip.add_model_config(tmp_path / "small.json")
     kinds = [(f"local-dir:{tmp_path}", None), ("small", str(tmp_path / "open_clip_pytorch_model.bin"))]
     for name, weights in kinds:
@@ -319,7 +319,9 @@ def test_a_clip_with_weights_missing_is_refused(tmp_path):
 def test_a_text_tower_that_is_built_otherwise_is_refused(tmp_path):
     import open_clip
 
-    config = multimodal.SMALL_CLIP | {"text_cfg": multimodal.SMALL_CLIP["text_cfg"] | {"proj_bias": True}}
+    config = multimodal.small_clip(32) | {
+        "text_cfg": multimodal.small_clip(32)["text_cfg"] | {"proj_bias": True}
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config | {"custom_text": True}}))
     torch.save(open_clip.CustomTextCLIP(**config).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(SystemExit, match="built otherwise"):

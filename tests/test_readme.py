@@ -128,6 +128,48 @@ def test_readmes_recipe_for_images_of_ones_own_works(tmp_path, monkeypatch):
     assert {*map(tuple, found.tolist())} == {*map(tuple, images.flatten(1).tolist())}
 
 
+def test_images_of_another_size_need_no_other_change(tmp_path, monkeypatch):
+    """Every stage and every picture, on 48x48; and an encoder for these refuses CIFAR-10's with a sentence."""
+
+    def read(split, limit):
+        return data.synthetic(limit, seed=len(split), size=48)
+
+    usual = data.source
+    monkeypatch.setattr(data, "source", lambda _: data.Source("mine", data.SHAPES, "larger shapes", read))
+    common = ["--data", "any", "--limit", 200, "--out", tmp_path, "--device", "cpu"]
+    train = [*common, "--epochs", 1]
+    call("ssl.py", "pretrain", "--task", "m", "--dim", 32, "--batch", 50, *train)
+    call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", "--batch", 50, *train)
+    call("video.py", "--checkpoint", tmp_path / "m.pt", "--clips", 2, *train)
+    call("multimodal.py", "tiny", "--checkpoint", tmp_path / "m.pt", "--batch", 50, *train)
+    call("multimodal.py", "caption", "--captioner", "tiny", *common)
+    captions = ["--captions", tmp_path / "captions_tiny.jsonl"]
+    call("multimodal.py", "embed", *captions, "--data", "any", "--out", tmp_path)
+    call("multimodal.py", "fuse", *captions, "--blocks", 1, "--batch", 50, *train)
+    before = ["--before", tmp_path / "m.pt"]
+    drawn = call("analysis.py", "maps", "cka", "figures", *before, *common)
+    for name in ("patches", "reconstruction", "maps", "tokens", "cka", "clips"):
+        assert f"drew {tmp_path}/figures/{name}.png" in drawn
+    assert Image.open(tmp_path / "figures" / "patches.png").height > 4 * 6 * 40
+    monkeypatch.setattr(data, "source", usual)
+    other = ["--data", "synthetic", "--limit", 200, "--out", tmp_path / "other", "--device", "cpu"]
+    said = call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *other, code=1)
+    assert "reads images of 48x48 pixels, not 32x32" in said
+
+
+def test_readmes_recipe_for_captions_of_ones_own_works(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    recipe = next(block for block in blocks if "captions_mine" in block)
+    monkeypatch.chdir(tmp_path)
+    small = 'data.load("synthetic", split, limit=30)'
+    exec(recipe.replace('data.load("data", split)', small), {})
+    header, captions = load("multimodal.py").read_captions("captions_mine.jsonl")
+    assert header["captioner"] == "mine" and len(captions) == 90
+    images, _ = data.load("synthetic", "test", limit=30)
+    found = load("multimodal.py").captions_of(captions, images, "test", "captions_mine.jsonl")
+    assert found == ["a photo of something"] * 30
+
+
 def test_readmes_python_can_be_pasted_into_a_repl():
     """Which ends a loop at an empty line, and takes no other statement right after one."""
     for block in re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL):
