@@ -823,7 +823,7 @@ def main() -> None:
     add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
     # more folds: more images for each BLIP, but one training more each
     add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
-    add("--enlarge", type=int, default=48, help="pixels to which images are enlarged (default: %(default)s)")
+    add("--enlarge", type=vit.count, default=48, help="pixels to enlarge images to (default: %(default)s)")
     add("--frozen", type=int, help="blocks of the image tower that are not trained (default: none)")
     p.set_defaults(run=tiny)
 
@@ -834,7 +834,7 @@ def main() -> None:
     add("--blip", default=blip, help="model id or folder (default: %(default)s)")
     add("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
     add("--seen", action="store_true", help="tiny: use models that have seen the training images' labels")
-    add("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
+    add("--batch", type=vit.count, default=50, help="images at a time (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(run=caption)
 
@@ -855,8 +855,8 @@ def main() -> None:
     add("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word")
     controls = ["none", "image_only", "text_only", "shuffled"]
     add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
-    add("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
-    add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--cutmix", type=vit.fraction, default=0.0, help="share of batches mixed by CutMix (default: none)")
+    add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
     vit.command(parser, data.source)
 

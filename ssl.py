@@ -474,16 +474,16 @@ def main() -> None:
     p = stages.add_parser("probe", parents=common, help="fit a linear layer on frozen features")
     add = p.add_argument
     add("--checkpoint", required=True, nargs="+", help="checkpoints, or the controls: untrained, pixels")
-    add("--labels", type=float, default=1.0, help="share of training images that have labels (default: all)")
+    add("--labels", type=vit.fraction, default=1.0, help="share of images with labels (default: all)")
     p.set_defaults(run=probe)
 
     training = vit.training_arguments(epochs=50, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("finetune", parents=[*common, training], help="train on with labels")
     add = p.add_argument
     add("--checkpoint", metavar="FILE", help="start from this encoder (without: from scratch, the control)")
-    add("--labels", type=float, default=1.0, help="share of training images that have labels (default: all)")
-    add("--cutmix", type=float, default=0.0, help="share of batches mixed by CutMix (default: none)")
-    add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--labels", type=vit.fraction, default=1.0, help="share of images with labels (default: all)")
+    add("--cutmix", type=vit.fraction, default=0.0, help="share of batches mixed by CutMix (default: none)")
+    add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=finetune)
 
     vit.command(parser, data.source)

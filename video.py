@@ -286,7 +286,8 @@ def train(args: argparse.Namespace) -> None:
             different[n] = same_class_accuracy(model, images, labels, n, args.frames, args.seed, run.machine)
     if args.model == "encoder" and args.frame_loss and smallest >= args.frames:
         arrays = clips_for_the_figure(model, images, labels, args.frames)
-        vit.write_arrays(vit.arrays_path(args, name), **arrays)
+        if arrays:
+            vit.write_arrays(vit.arrays_path(args, name), **arrays)
     row |= {"value": different[1], "report": REPORTED.get(name), "different": different}
     vit.record(args, name, run.machine, source, **row)
 
@@ -314,12 +315,15 @@ def same_class_accuracy(model, images, labels, different: int, frames: int, seed
 
 
 def clips_for_the_figure(model: FactorisedEncoder, images: Tensor, labels: Tensor, frames: int) -> dict:
-    """The first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers."""
+    """The first `frames` images of each class as a clip, how the temporal CLS weighs them, the answers; empty
+    where no block attends across time."""
     index = torch.stack([(labels == k).nonzero()[:frames, 0] for k in labels.unique()])  # [K, F]
     shown = torch.arange(frames, device=images.device).expand(len(index), -1)  # [K, F]
     trace = []
     with torch.no_grad():
         logits, image_logits = model.eval()(images[index].float() / 255, shown, trace)  # [K, K], [K, F, K]
+    if not trace:
+        return {}
     weights = trace[-1]["weights"].mean(dim=1)[:, 0]  # [K, H, 1 + F, 1 + F] -> [K, 1 + F]
     arrays = {"images": images[index], "labels": labels[index[:, 0]], "weights": weights}
     return arrays | {"guess": logits.argmax(1), "each": image_logits.argmax(2)}
@@ -347,14 +351,14 @@ def main() -> None:
     add("--checkpoint", metavar="FILE", required=True, help="start from the image encoder in this checkpoint")
     add("--model", choices=MODELS, default="encoder", help="how attention is factorised (default: encoder)")
     add("--blocks", type=int, default=1, help="blocks that attend across time (default: 1)")
-    add("--frames", type=int, default=16, help="images of a clip (default: %(default)s)")
+    add("--frames", type=vit.count, default=16, help="images of a clip (default: %(default)s)")
     add("--positions", action=yes_no, default=True, help="tell which frame is which (default: yes)")
-    add("--clips", type=int, default=10, help="clips per step (default: %(default)s; the report: 1)")
+    add("--clips", type=vit.count, default=10, help="clips per step (default: %(default)s; the report: 1)")
     add("--balanced", action=yes_no, default=True, help="let the classes take turns (default: yes)")
     add("--repeats", action=yes_no, default=True, help="clips may repeat their images (default: yes)")
     add("--frame-loss", type=float, default=16.0, help="weight of classifying each image alone (default: 16)")
-    add("--cutmix", type=float, default=0.0, help="share of steps mixed by CutMix (default: none)")
-    add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--cutmix", type=vit.fraction, default=0.0, help="share of steps mixed by CutMix (default: none)")
+    add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)
     vit.command(p, data.source)
 

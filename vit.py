@@ -1014,6 +1014,24 @@ def measured(args: argparse.Namespace, name: str, now: dict) -> bool:
     return known
 
 
+def count(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """An option's value: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def common_arguments() -> argparse.ArgumentParser:
     """The options of every stage, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
@@ -1024,7 +1042,7 @@ def common_arguments() -> argparse.ArgumentParser:
     splits = ["validation", "test"]
     add("--split", choices=splits, default="validation", help="for the final number; look at test once")
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
-    add("--limit", type=int, help="use only so many images of each split (default: all)")
+    add("--limit", type=count, help="use only so many images of each split (default: all)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster")
     return p
@@ -1034,8 +1052,8 @@ def encoder_arguments() -> argparse.ArgumentParser:
     """The options of the stages that make a new encoder, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
-    add("--dim", type=int, help="width of a new encoder (default: 128)")
-    add("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
+    add("--dim", type=count, help="width of a new encoder (default: 128)")
+    add("--patch", type=count, help="patch size of a new encoder in pixels (default: 8)")
     add("--stem", action="store_true", help="give a new encoder a small convolution inside each patch")
     return p
 
@@ -1064,13 +1082,13 @@ def training_arguments(epochs: int, muon: float, adamw: float, batch: int | None
     peak learning rates of the two optimisers, images per step (None: the stage counts in other units)."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
-    add("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
+    add("--epochs", type=count, default=epochs, help="passes over the training images (default: %(default)s)")
     if batch:
-        add("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
+        add("--batch", type=count, default=batch, help="images per step (default: %(default)s)")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: %(default)s")
     add("--lr", type=float, help=f"peak learning rate (default: {muon:g}; with --optimizer adamw {adamw:g})")
     add("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
-    add("--warmup", type=float, default=0.1, help="share of the steps, of linear rise (default: %(default)s)")
+    add("--warmup", type=fraction, default=0.1, help="share of steps with linear rise (default: %(default)s)")
     add("--keep-epochs", action="store_true", help="also keep every epoch's checkpoint, NAME-epoch1.pt, ...")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(usual_lr={"muon": muon, "adamw": adamw})

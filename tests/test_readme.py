@@ -129,7 +129,7 @@ def test_readmes_recipe_for_images_of_ones_own_works(tmp_path, monkeypatch):
 
 
 def test_images_of_another_size_need_no_other_change(tmp_path, monkeypatch):
-    """Every stage and every picture, on 48x48; and an encoder for these refuses CIFAR-10's with a sentence."""
+    """Every stage and every picture, on 48x48; an encoder for these refuses others with a sentence."""
 
     def read(split, limit):
         return data.synthetic(limit, seed=len(split), size=48)

@@ -251,6 +251,11 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
     [
         ("ssl.py", 2, "required"),
         ("ssl.py pretrain --task moco", 2, "invalid choice"),
+        ("ssl.py finetune --batch 0", 2, "argument --batch: '0' is not a whole number above 0"),
+        ("ssl.py finetune --epochs -1", 2, "argument --epochs: '-1' is not a whole number above 0"),
+        ("ssl.py finetune --smoothing 3", 2, "argument --smoothing: '3' is not a number from 0 to 1"),
+        ("ssl.py finetune --labels few", 2, "argument --labels: 'few' is not a number from 0 to 1"),
+        ("video.py --checkpoint nowhere.pt --frames 0", 2, "argument --frames: '0' is not a whole number"),
         ("ssl.py probe --checkpoint nowhere.pt --data synthetic --limit 100", 1, "no checkpoint nowhere.pt"),
         ("ssl.py pretrain --task m --data synthetic --limit 10", 1, "choose a smaller batch"),
         ("ssl.py pretrain --task m --data synthetic --limit 10 --patch 5", 1, "5-pixel patches"),

@@ -320,6 +320,14 @@ def test_the_stage_its_figures_and_its_rows(tmp_path, pretrained):
     assert "made with another frames: 16, not 8" in call(*command, "--frames", 8, code=1)
 
 
+def test_a_model_without_temporal_blocks_has_no_clips_to_show():
+    """As when a student takes the mean of the frames instead: the stage still ends with its row."""
+    model = small("encoder")
+    model.blocks = nn.ModuleList()
+    images, labels = torch.zeros(2 * F, 3, 32, 32, dtype=torch.uint8), torch.arange(2 * F) % 2
+    assert video.clips_for_the_figure(model, images, labels, F) == {}
+
+
 def test_a_run_that_was_stopped_goes_on_with_the_clips_it_would_have_had(tmp_path, pretrained):
     """Epoch 2 has other clips than epoch 1; a run of two epochs equals a run whose second epoch is done by
     a new process."""
