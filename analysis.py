@@ -504,9 +504,9 @@ def draw_reconstruction(args: argparse.Namespace):
     guess = logits.argmax(dim=1)
     rows.append([text("turned by"), *(text(f"{90 * k}°") for k in angle)])
     rows.append([text("M says"), *(answer(f"{90 * k}°", bool(k == true)) for k, true in zip(guess, angle))])
-    caption = """A quarter of the patches black, another turned; then the black ones as Model M paints them: it
-    minimises the squared error, so it paints the average of what could be there, a blur. Orange with an x:
-    wrong."""
+    caption = """A quarter of the patches black, another turned; then the black ones as Model M paints them.
+    It minimises the squared error, so it paints the average of what could be there, a blur. Orange with an
+    x: wrong."""
     return "Model M at work", caption, grid(rows)
 
 
