@@ -774,8 +774,8 @@ def draw_controls(args: argparse.Namespace):
     caption = f"""Accuracy on static videos of the {args.split} split; the bars start at {100 * low:.0f} %.
     Blue: the image and its caption; grey: controls, trained in the same way (the first not at all). All on
     the video model of two blocks, but for one, which has no control here. ±: standard deviation over seeds.
-    Captions help if fusion is above image only and text only, by more than
-    seeds make of it; they merely answer if it is no better than reading the class off the caption."""
+    Captions help if fusion is above both image only and text only by more than the spread over seeds; they
+    merely answer if it is no better than reading the class off the caption."""
     return f"Does the caption help, or merely answer? Captions by {name}", caption, grid(lines, 10, x=0)
 
 

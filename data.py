@@ -75,8 +75,9 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     """
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    # one rectangle in six is wider or higher than the image, and is cut to it (torchvision draws again)
     w = (area * ratio).sqrt().clamp(max=1)  # [B], as a share of the image's width
-    h = (area / ratio).sqrt().clamp(max=1)
+    h = (area / ratio).sqrt().clamp(max=1)  # [B], of its height
     x = uniform(images, -1, 1, generator) * (1 - w)  # centre; grid_sample's image spans -1 to 1
     y = uniform(images, -1, 1, generator) * (1 - h)
     w = torch.where(uniform(images, 0, 1, generator) < 0.5, -w, w)  # a negative width: mirrored
@@ -92,10 +93,12 @@ def colour_jitter(images: Tensor, generator: Generator | None = None, strength: 
     images: float [B, 3, S, S] in [0, 1] -> the same. `strength` is the paper's; 0.5 is its choice for
     CIFAR-10 (appendix B.9), where it leaves out the blur, too. 80 % of images are distorted, 20 % made grey,
     as for ImageNet (appendix A). Without it two crops of an image would be told by their colours alone, and
-    nothing else would be learned (section 3.2).
+    nothing else would be learned (section 3.1).
 
-    All but contrast are linear in a pixel's colour, so each image gets one 3x3 matrix. In YIQ a colour is its
-    brightness Y and a point (I, Q) of the colour plane; saturation scales that point, hue turns it.
+    Not quite torchvision's ColorJitter: the hue is turned in YIQ instead of HSV, contrast comes last and is
+    about the mean of all channels, and values are clamped once. All but contrast then are linear in a pixel's
+    colour, so each image gets one 3x3 matrix. In YIQ a colour is its brightness Y and a point (I, Q) of the
+    colour plane; saturation scales that point, hue turns it.
     """
     distorted = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2  # [B]
@@ -319,7 +322,7 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
 
 
 def fingerprint(images: Tensor, labels: Tensor) -> str:
-    """A short hash of images and labels, in their order: what was made of other images is told by it."""
+    """A short hash of images and labels, in their order: results made of other images have another."""
     pixels, classes = images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes()
     return hashlib.sha256(pixels + classes).hexdigest()[:12]
 

@@ -581,6 +581,7 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
             target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
+            # one absurd batch must not rule the momentum; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -817,6 +818,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
 
+    # 4e-3 is what the other stages have: in a trial of 116 steps 8e-3 was 3.7 points better; for longer
+    # training it was not tried (results/tuning.md). 15 epochs: not tuned
     training = vit.training_arguments(epochs=15, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
@@ -846,6 +849,7 @@ def main() -> None:
     add("--clip-weights", default=weights, help="tag or file of its weights (default: %(default)s)")
     p.set_defaults(run=embed)
 
+    # peak learning rates: within a point of the best tried (results/tuning.md); 25 epochs: not tuned
     training = vit.training_arguments(epochs=25, muon=1e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("fuse", parents=[common, training], help="train on images with captions")
     add = p.add_argument
@@ -855,6 +859,8 @@ def main() -> None:
     add("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word")
     controls = ["none", "image_only", "text_only", "shuffled"]
     add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
+    # CutMix is meant for long training. Smoothing: 0.1 is Szegedy et al.'s (2016), so that logits need not
+    # grow for ever
     add("--cutmix", type=vit.fraction, default=0.0, help="share of batches mixed by CutMix (default: none)")
     add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)

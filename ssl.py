@@ -209,7 +209,8 @@ def pretrain_part(args: argparse.Namespace, encoder: vit.ViT, images: Tensor, ma
     pretext = PRETEXTS[args.pretext]
     to_mask = quarter if pretext["masks"] else 0
     to_turn = quarter if pretext["turns"] and not pretext["whole"] else 0
-    print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {to_turn} others turned")
+    turned = "the whole image is turned" if pretext["whole"] else f"{to_turn} others turned"
+    print(f"{args.pretext}: of {encoder.patches} patches {to_mask} are blacked out, {turned}")
     model = vit.ModelM(encoder).to(machine.device)
     model.rotation_head.requires_grad_(pretext["turns"])
     model.reconstruction_head.requires_grad_(pretext["masks"])
@@ -460,6 +461,8 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     common = [vit.common_arguments(), vit.encoder_arguments()]
 
+    # 20 epochs: the report's of Model M. Peak learning rates: of those tried the best, or within a point of
+    # it (results/tuning.md)
     training = vit.training_arguments(epochs=20, muon=4e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("pretrain", parents=[*common, training], help="learn without labels")
     add = p.add_argument
@@ -477,6 +480,7 @@ def main() -> None:
     add("--labels", type=vit.fraction, default=1.0, help="share of images with labels (default: all)")
     p.set_defaults(run=probe)
 
+    # 50 epochs: the report's; the learning rates as above
     training = vit.training_arguments(epochs=50, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("finetune", parents=[*common, training], help="train on with labels")
     add = p.add_argument

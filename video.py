@@ -132,7 +132,7 @@ class FactorisedAttention(nn.Module):
         self.head = nn.Linear(dim, classes)
         self.frame_head = nn.Linear(dim, classes)
 
-    def forward(self, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor | None]:
         """As FactorisedEncoder.forward; from the first block with temporal attention on, every frame is
         computed, a repeated one too. The images by themselves, as the image encoder alone sees them, are
         computed beside it in training only (else None): nobody else asks."""
@@ -266,6 +266,7 @@ def train(args: argparse.Namespace) -> None:
                 logits, image_logits = parallel(x, shown)  # [C, K], [C, F, K]
             loss = clip_loss(logits, image_logits, y, other, kept, args.smoothing, args.frame_loss)
             loss.backward()
+            # one absurd batch must not rule the momentum; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -344,6 +345,7 @@ def load_video(path: str) -> FactorisedEncoder:
 
 
 def main() -> None:
+    # 25 epochs: the report's. Peak learning rates: the best of those tried (results/tuning.md)
     parents = [vit.common_arguments(), vit.training_arguments(epochs=25, muon=4e-3, adamw=1e-3)]
     raw, yes_no = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, parents=parents)
@@ -357,6 +359,8 @@ def main() -> None:
     add("--balanced", action=yes_no, default=True, help="let the classes take turns (default: yes)")
     add("--repeats", action=yes_no, default=True, help="clips may repeat their images (default: yes)")
     add("--frame-loss", type=float, default=16.0, help="weight of classifying each image alone (default: 16)")
+    # CutMix is meant for long training. Smoothing: 0.1 is Szegedy et al.'s (2016), so that logits need not
+    # grow for ever
     add("--cutmix", type=vit.fraction, default=0.0, help="share of steps mixed by CutMix (default: none)")
     add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=train)

@@ -165,6 +165,8 @@ class ConvStem(nn.Module):
 
     Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here;
     here each is padded and convolved by itself, so that nothing of a blacked-out one can be seen next door.
+    From scratch it brought nothing (results/report.md, "Is the 8x8 patch the limit?"). The 32 channels were
+    not tuned.
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32):
@@ -226,7 +228,7 @@ def projector(dim: int) -> nn.Module:
 
     The loss asks that views of an image look alike, so whatever tells them apart (colour, place) is to be
     forgotten. The projector forgets it, so that the encoder need not (SimCLR, section 4.2, which also finds
-    that the number of outputs hardly matters; 512 inside is the width of our MLPs).
+    that the number of outputs hardly matters; 512 inside is the width of our MLPs at D = 128).
     """
     return nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
 
@@ -296,7 +298,7 @@ class Classifier(nn.Module):
 # one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) = 1.9 s for small s). Jordan's
 # coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002; the
 # price is that they end between 0.7 and 1.2 instead of at 1. Three or four times leave the small ones small:
-# that cost 3.5 and 0.8 points in a trial (results/tuning.md).
+# three cost 3.5 points in a trial; four 0.8, which one seed can't tell from nothing (results/tuning.md).
 #
 # Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
 # and positions (tables of vectors), and the heads, each of whose outputs has a meaning of its own. Jordan et
@@ -307,11 +309,11 @@ class Classifier(nn.Module):
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """U V^T of every matrix U S V^T, nearly: [n, rows, columns] -> the same, singular values about 1.
 
-    The coefficients and five iterations are those of Jordan et al. 2024. Write them lying down (rows <=
-    columns): the products then are smaller.
+    The coefficients and five iterations are those of Jordan et al. 2024. Pass matrices that are wider than
+    high (rows <= columns; else transpose them): the products are then smaller.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    # no singular value is larger than the norm, so all are in [0, 1] now; 1e-7: a gradient may be zero
+    # no singular value exceeds the Frobenius norm, so all are in [0, 1] now; 1e-7: a gradient may be zero
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT  # [n, rows, rows]
@@ -377,8 +379,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint. (It is called an
-    Optimizer since PyTorch's schedules take nothing else; it has no parameters of its own.)"""
+    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint. (It inherits from
+    Optimizer because PyTorch's schedules take nothing else. Optimizer's own __init__ is not called, as it
+    asks for parameters, and this has none of its own.)"""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -393,10 +396,10 @@ class Together(torch.optim.Optimizer):
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def zero_grad(self):
+    def zero_grad(self, set_to_none: bool = True):
         """Forget the gradients of all."""
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
         """As of any optimiser, to be loaded again by load_state_dict."""
@@ -459,7 +462,7 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     hardly matters: 0.02 to 0.3 of the steps were level, results/tuning.md.) The fall is there as a network
     that takes full steps to the end is still being thrown about when it is stopped.
     """
-    rise = min(warmup * total, total - 1)  # at least one step of falling
+    rise = min(warmup * total, total - 1)  # at most, so that total - rise, a divisor below, is not zero
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
@@ -757,10 +760,10 @@ class Run:
     whatever makes it another run: where the checkpoint has others, it is not gone on with. `steps` are those
     of an epoch, `images` those of a step.
 
-    What else must survive a stop (an EMA teacher, say) belongs into `model`, or no checkpoint holds it. To
+    What else must survive a stop (an EMA teacher, say) must be part of `model`, or no checkpoint holds it. To
     stop early, decide from `run.history`, which a resumed run has, too, at the top of an epoch. Every
-    epoch's weights are kept with --keep-epochs, as NAME-epoch1.pt, ... A loop in a notebook's cell is no
-    file whose edits could be told: give it another name, or fresh=True.
+    epoch's weights are kept with --keep-epochs, as NAME-epoch1.pt, ... Run notices edits of .py files only:
+    after editing a loop in a notebook's cell, choose another name, or fresh=True.
     """
 
     def __init__(

@@ -150,6 +150,8 @@ def test_a_quarter_of_the_patches_is_masked_and_another_turned_whatever_their_si
     assert "of 16 patches 4 are blacked out, 4 others turned" in text
     text = call(*PRETRAIN, "--task", "m", "--patch", 4, *FAST, "--out", tmp_path / "small")
     assert "of 64 patches 16 are blacked out, 16 others turned" in text
+    text = call(*PRETRAIN, "--task", "m", "--pretext", "image-rotation", *FAST, "--out", tmp_path / "whole")
+    assert "of 16 patches 0 are blacked out, the whole image is turned" in text
 
 
 def test_whole_images_are_turned_by_the_angle_that_is_asked_for(tmp_path, monkeypatch):

@@ -301,7 +301,7 @@ def train(run, poison=None, every=1, epochs=None):
             if done % every == 0:
                 run.optimizer.step()
                 run.schedule.step()
-                run.optimizer.zero_grad()
+                run.optimizer.zero_grad(set_to_none=True)  # as PyTorch's own take it
             run.log(loss=loss)
         run.save()
         if epoch + 1 == epochs:
