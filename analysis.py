@@ -103,7 +103,8 @@ def maps(args: argparse.Namespace) -> None:
     shown = first_of_each_class(labels)
     arrays, rows = {"images": images[shown], "labels": labels[shown]}, {}
     for when, path in paths.items():
-        similarity = token_similarity(tokens_of(vit.load_encoder(path), images, machine))  # [n, T, T]
+        encoder = vit.load_encoder(path, images.shape[-1])
+        similarity = token_similarity(tokens_of(encoder, images, machine))  # [n, T, T]
         arrays[when], rows[when] = similarity[shown], focus(similarity[:, 0, 1:])
     vit.write_arrays(stored, **arrays)  # before the rows: a row says that everything of it is there
     for when, row in rows.items():
@@ -221,7 +222,8 @@ def cka(args: argparse.Namespace) -> None:
         sys.exit(f"CKA needs at least 4 images, not {len(images)}; choose a larger --limit")
     arrays = {"number": len(images)}
     for when, path in paths.items():
-        encoder, streaming = vit.load_encoder(path).to(machine.device).eval(), StreamingCKA()
+        encoder = vit.load_encoder(path, images.shape[-1]).to(machine.device).eval()
+        streaming = StreamingCKA()
         for x in images.split(machine.eval_batch):
             trace = []
             with torch.no_grad(), machine.autocast():
@@ -478,10 +480,10 @@ def draw_patches(args: argparse.Namespace):
         about = [[text(f"blacked out: {masked[i].tolist()}", ink=ORANGE)]]
         about += [[text(f"turned by {90 * angle[i]}°: {turned[i].tolist()}", ink=BLUE)]]
         rows.append([image, numbered, seen, grid(about, x=0)])
-    number = side * side
-    caption = f"""{number // 2} of an image's {number} patches, at random, are set A: {number // 4} are
-    blacked out, {number // 4} turned counter-clockwise by one angle. Model M names the angle and repaints the
-    black patches, without labels."""
+    black, turn = masked.shape[1], turned.shape[1]
+    caption = f"""{black + turn} of an image's {side * side} patches, at random, are set A: {black} are
+    blacked out, {turn} turned counter-clockwise by one angle. Model M names the angle and repaints the black
+    patches, without labels."""
     return "Patch augmentation", caption, grid(rows, 16, x=0)
 
 
@@ -675,16 +677,7 @@ def draw_clips(args: argparse.Namespace):
     return title, caption, grid(rows, 6)
 
 
-VIDEOS = {  # row -> what it is
-    "encoder_1": "factorised encoder, one temporal block",
-    "encoder_2": "two temporal blocks",
-    "divided_1": "factorised self-attention, one block",
-    "divided_2": "the same with two",
-    "report_1": "on clips alone, as we read the report, one block",
-    "report_2": "the same with two",
-    "unordered": "without temporal positions",
-    "repeats": "our clips, without the loss of every image by itself",
-}
+VIDEOS = ["encoder_1", "encoder_2", "divided_1", "divided_2", "report_1", "report_2", "unordered", "repeats"]
 
 
 def draw_video(args: argparse.Namespace):
@@ -701,7 +694,8 @@ def draw_video(args: argparse.Namespace):
             lines[f"{name}, {metric}"] = history_of(args, f"video_{name}").get(metric, [])
     if any(lines.values()):
         boxes.append(chart("accuracy (%) by epoch", lines))
-    names = "; ".join(f"{name}: {what}" for name, what in VIDEOS.items() if drawn[name])
+    what = {name: TABLE[f"video_{name}"][0].removeprefix("video, ") for name in VIDEOS if drawn[name]}
+    names = "; ".join(f"{name}: {words}" for name, words in what.items())
     caption = f"""Left: 16 frames filled with 1, 2, ... different images of one class. 1: a static video, the
     test that counts; more: put together by label, so easier. Right: static videos of the validation split,
     and training clips (augmented). {names}."""
@@ -961,7 +955,7 @@ TABLE = {
         "video_report_1",
     ),
     "video_balanced": ("video, and every class once a step", "video_random"),
-    "video_repeats": ("video, and 1 to 16 different images a clip", "video_balanced"),
+    "video_repeats": ("video, our clips, without the loss of every image by itself", "video_balanced"),
     **language_rows("tiny"),
     **language_rows("blip"),
     "cka_before": ("CKA of CLS across the last attention, before fine-tuning",),

@@ -654,7 +654,7 @@ def tiny(args: argparse.Namespace) -> None:
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
     machine = vit.set_up(args.device, args.precision, args.seed)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
-    encoder = vit.make_encoder(args.checkpoint, images.shape[-1], None, None, False)
+    encoder = vit.load_encoder(args.checkpoint, images.shape[-1])
     start, pixels = vit.hash_of_checkpoint(args.checkpoint), data.fingerprint(images, labels)
     settings = vit.settings_of(args, encoder, start=start, images=pixels)
     if encoder.config["stem"]:

@@ -221,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
     machine, source = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
     images, labels = data.load(args.data, "train", machine.device, args.limit)
     validation, truth = data.load(args.data, "validation", machine.device, args.limit)
-    encoder = vit.make_encoder(args.checkpoint, images.shape[-1], None, None, False)
+    encoder = vit.load_encoder(args.checkpoint, images.shape[-1])
     start = vit.hash_of_checkpoint(args.checkpoint)
     if not 1 <= args.blocks <= len(encoder.blocks):
         sys.exit(f"the encoder has only {len(encoder.blocks)} blocks; choose --blocks from 1 to that")

@@ -700,12 +700,16 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | pathl
         sys.exit(f"{why}; undo the edit, or train anew: --fresh, or another --name")
 
 
-def load_encoder(path: str | pathlib.Path) -> ViT:
-    """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*)."""
+def load_encoder(path: str | pathlib.Path, size: int | None = None) -> ViT:
+    """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*).
+    SystemExit where it is not for images of `size` pixels (None: any will do)."""
     state = read_checkpoint(path)
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
     encoder = ViT(**state["config"])
+    has = encoder.config["image_size"]
+    if size not in (None, has):
+        sys.exit(f"the encoder in {path} reads images of {has}x{has} pixels, not {size}x{size}")
     own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
     load_weights(encoder, {name.split("encoder.", 1)[1]: state["model"][name] for name in own}, path)
     return encoder
@@ -1065,16 +1069,16 @@ def make_encoder(checkpoint: str | None, size: int, patch: int | None, dim: int 
     """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder. `size`: of
     the images, in pixels."""
     try:
-        encoder = load_encoder(checkpoint) if checkpoint else ViT(size, patch or 8, dim or 128, stem=stem)
+        if checkpoint:
+            encoder = load_encoder(checkpoint, size)
+        else:
+            encoder = ViT(size, patch or 8, dim or 128, stem=stem)
     except ValueError as error:
         sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
     for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
         option, has = name.removesuffix("_size"), encoder.config[name]
         if asked not in (None, has):
             sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
-    has = encoder.config["image_size"]
-    if has != size:
-        sys.exit(f"the encoder in {checkpoint} reads images of {has}x{has} pixels, not {size}x{size}")
     tokens, width = 1 + encoder.patches, encoder.config["dim"]
     print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
     return encoder

@@ -155,6 +155,8 @@ def test_images_of_another_size_need_no_other_change(tmp_path, monkeypatch):
     other = ["--data", "synthetic", "--limit", 200, "--out", tmp_path / "other", "--device", "cpu"]
     said = call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", *other, code=1)
     assert "reads images of 48x48 pixels, not 32x32" in said
+    said = call("analysis.py", "maps", *before, "--after", tmp_path / "finetune.pt", *other, code=1)
+    assert "reads images of 48x48 pixels, not 32x32" in said
 
 
 def test_readmes_recipe_for_captions_of_ones_own_works(tmp_path, monkeypatch):
