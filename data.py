@@ -1,6 +1,6 @@
 """From disk to a batch on the device: augmentation, patch masking and rotation, samplers, CIFAR-10.
 
-Part 1, augmentation:               crop and flip; SimCLR's random-resized crop and colours; CutMix
+Part 1, augmentation:               crop and flip; SimCLR's random-resized crop and colours
 Part 2, patches:                    patchify, unpatchify, patch_augment (Model M's task)
 Part 3, batches:                    shuffled batches, SameClassBatchSampler
 Part 4, which images:               load, source (the one place to change for other images)
@@ -22,21 +22,20 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
-import hashlib
-import http.client
 import math
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tarfile
-import time
-import urllib.request
+import urllib.error
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
@@ -92,8 +91,8 @@ def colour_jitter(images: Tensor, generator: Generator | None = None, strength: 
 
     images: float [B, 3, S, S] in [0, 1] -> the same. `strength` is the paper's; 0.5 is its choice for
     CIFAR-10 (appendix B.9), where it leaves out the blur, too. 80 % of images are distorted, 20 % made grey,
-    as for ImageNet (appendix A). Without it two crops of an image would be told by their colours alone, and
-    nothing else would be learned (section 3.1).
+    as for ImageNet (appendix A). Without it two crops of an image could mostly be told by their colours, and
+    less would be learned (section 3.1: crops alone still teach something).
 
     Not quite torchvision's ColorJitter: the hue is turned in YIQ instead of HSV, contrast comes last and is
     about the mean of all channels, and values are clamped once. All but contrast then are linear in a pixel's
@@ -131,38 +130,6 @@ def yiq(device: torch.device) -> tuple[Tensor, Tensor]:
 def contrastive_view(images: Tensor, generator: Generator | None = None) -> Tensor:
     """One random SimCLR view of each image: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]."""
     return colour_jitter(resized_crop_flip(images, generator), generator)
-
-
-def cutmix(images: Tensor, labels: Tensor, generator: Generator | None = None, probability: float = 1.0):
-    """Paste a rectangle of another image of the batch into each image (Yun et al. 2019, section 3.1).
-
-    images: [B, channels, S, S] -> mixed images, the other images' labels [B], the share [] of pixels kept.
-    The rectangle is the same for the whole batch, its area uniform in [0, 1] before the image's border cuts
-    it off (as in the paper); with probability 1 - `probability` it is empty.
-    """
-    S = images.shape[-1]
-    area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
-    half = torch.where(chance < probability, area.sqrt() / 2, 0)
-    at = (torch.arange(S, device=images.device) + 0.5) / S
-    inside = ((at - x).abs() < half)[None, :] & ((at - y).abs() < half)[:, None]  # [S, S]
-    other = torch.randperm(len(images), device=images.device, generator=generator)
-    return torch.where(inside, images[other], images), labels[other], 1 - inside.float().mean()
-
-
-def cutmix_loss(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy [] of logits [B, K] with both labels [B] of mixed images, by their shares of the pixels.
-
-    kept: the share [] that stayed the image's own, from `cutmix`.
-    """
-    own = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    pasted = F.cross_entropy(logits.float(), other, label_smoothing=smoothing)
-    return kept * own + (1 - kept) * pasted
-
-
-def cutmix_accuracy(logits: Tensor, labels: Tensor, other: Tensor, kept: Tensor) -> Tensor:
-    """Share [] of logits [B, K] that name a label of their mixed image, each counting by its pixels."""
-    guess = logits.argmax(dim=1)  # [B]
-    return (kept * (guess == labels) + (1 - kept) * (guess == other)).mean()
 
 
 # ---------------------------------------------------------------- Part 2: patches
@@ -205,41 +172,43 @@ def turn(x: Tensor, angle: Tensor) -> Tensor:
     return turned[angle, torch.arange(len(x), device=x.device)]  # [B, ..., S, S]
 
 
-def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, masked=4, rotated=4, gap=0):
-    """Model M's input: per image, black out `masked` random patches and turn `rotated` others by one angle.
+def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, masked=4, turned=4):
+    """Model M's input: per image, black out `masked` random patches and turn `turned` others by one angle.
 
     images: [B, C, S, S] -> (augmented images [B, C, S, S], indices of the masked patches [B, masked], of the
-    rotated ones [B, rotated], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Masked and
-    rotated patches together are the report's set A: 8 of the 16 patches, half of them masked. `gap` blackens
-    so many pixels along each border of every patch, so that no line goes on from one patch to the next and
-    betrays which one was turned. Raises ValueError for too many patches or too large a gap.
+    turned ones [B, turned], and the angle [B] in quarter turns counter-clockwise: 0, 1, 2, 3). Both together
+    are the report's set A: 8 of the 16 patches, half of them masked. Raises ValueError for too many patches.
     """
     x = patchify(images, patch).clone()  # [B, N, C, P, P]; the caller keeps its images
     B, N = x.shape[:2]
-    if 2 * gap >= patch:
-        raise ValueError(f"a gap of {gap} pixels leaves nothing of a {patch}-pixel patch")
-    if masked + rotated > N:
-        raise ValueError(f"{masked} masked and {rotated} rotated patches are more than the {N} there are")
+    if masked + turned > N:
+        raise ValueError(f"{masked} masked and {turned} turned patches are more than the {N} there are")
     order = torch.rand(B, N, device=x.device, generator=generator).argsort(dim=1)  # each image's own
-    mask_at, turn_at = order[:, :masked], order[:, masked : masked + rotated]
+    mask_at, turn_at = order[:, :masked], order[:, masked : masked + turned]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
     b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
-    x[b, turn_at] = turn(take(x, turn_at), angle)  # [B, rotated, C, P, P]
+    x[b, turn_at] = turn(take(x, turn_at), angle)  # [B, turned, C, P, P]
     x[b, mask_at] = 0
-    if gap:
-        inside = torch.zeros(patch, patch, device=x.device)  # [P, P]
-        inside[gap:-gap, gap:-gap] = 1
-        x = x * inside
     return unpatchify(x), mask_at, turn_at, angle
 
 
 # ---------------------------------------------------------------- Part 3: batches
 
 
+def own_part(x: Tensor) -> Tensor:
+    """This process's rows of a batch [B, ...]: all of them, unless torchrun has started several processes."""
+    if not dist.is_initialized():
+        return x
+    processes = dist.get_world_size()
+    if len(x) % processes:
+        sys.exit(f"{len(x)} can't be shared out evenly among {processes} processes; choose another batch")
+    return x.chunk(processes)[dist.get_rank()]
+
+
 def shuffled_batches(number: int, batch: int, generator: Generator):
     """Yield index tensors [batch] that cover range(number) in random order; a smaller rest is dropped."""
     order = torch.randperm(number, device=generator.device, generator=generator)
-    yield from order[: number - number % batch].split(batch)
+    yield from map(own_part, order[: number - number % batch].split(batch))
 
 
 class SameClassBatchSampler(torch.utils.data.Sampler):
@@ -256,16 +225,13 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
     than `batch` images.
     """
 
-    drop_last = True  # this and batch_size: as Accelerate and others read them
-
     def __init__(self, labels: Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
         labels = torch.as_tensor(labels)
         self.members = [(labels == k).nonzero()[:, 0].cpu() for k in labels.unique()]  # indices of each class
         smallest = min(len(members) for members in self.members)
         if smallest < batch:
-            fewer = f"fewer than one same-class batch of {batch}"
-            raise ValueError(f"a class has only {smallest} images, {fewer}")
-        self.batch, self.batch_size, self.seed, self.epoch = batch, batch, seed, 0
+            raise ValueError(f"a class has only {smallest} images, fewer than one batch of {batch}")
+        self.batch, self.seed, self.epoch = batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the next epoch's shuffle, as torch's DistributedSampler does."""
@@ -321,24 +287,11 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     return images.to(device), labels.to(device)
 
 
-def fingerprint(images: Tensor, labels: Tensor) -> str:
-    """A short hash of images and labels, in their order: results made of other images have another."""
-    pixels, classes = images.cpu().numpy().tobytes(), labels.cpu().numpy().tobytes()
-    return hashlib.sha256(pixels + classes).hexdigest()[:12]
-
-
-def image_keys(images: Tensor) -> list[str]:
-    """A short hash of each image's pixels, by which it is known again in any order: [n, 3, S, S] -> n
-    keys."""
-    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images.cpu().numpy()]
-
-
 # ---------------------------------------------------------------- Part 5: disk and network
 # Nothing below is about learning: CIFAR-10 from the network and from its files; shapes drawn in its place.
 
 # the binary version: labels and pixels, no pickle
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-SIZE = 170_052_171
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
 TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
@@ -346,21 +299,19 @@ FILES = [*TRAIN_FILES, "test_batch.bin"]
 RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, the green and the blue plane
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SHAPES = "disc ring square frame triangle cross star crescent bars checkers".split()
+NO_NETWORK = 3  # exit code: run_all.sh then goes on with drawn shapes, but after no other failure
 
 
-def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = SHA256) -> None:
+def fetch(folder: pathlib.Path, url: str = URL, sha256: str = SHA256) -> None:
     """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all.
 
-    Raises SystemExit with one sentence: no network, no space, a wrong checksum.
+    Raises SystemExit with one sentence: no network, no space, not the file.
     """
-    archive, part = folder / "cifar-10-binary.tar.gz.part", folder / (FOLDER + ".part")
+    archive, part = folder / "cifar-10-binary.tar.gz", folder / (FOLDER + ".part")
+    socket.setdefaulttimeout(10)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        download(url, archive, size)
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if digest != sha256:
-            archive.unlink()
-            sys.exit(f"{url} gave a file with the wrong SHA-256, {digest[:12]}...; it was deleted, try again")
+        torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         with tarfile.open(archive, "r:gz") as tar:
@@ -370,52 +321,13 @@ def fetch(folder: pathlib.Path, url: str = URL, size: int = SIZE, sha256: str = 
         (part / "provenance.txt").write_text("CIFAR-10, the official binary archive, SHA-256 checked\n")
         os.replace(part, folder / FOLDER)
         archive.unlink()
-    except OSError as error:  # the disk: network errors are dealt with in `download`
-        sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror or error}; 350 MB must be free there")
-
-
-NO_NETWORK = 3  # exit code: run_all.sh then goes on with drawn shapes, but after no other failure
-
-
-def download(url: str, path: pathlib.Path, size: int) -> None:
-    """Append what is missing of `url` to `path`; a broken download goes on where it broke, now or next time.
-
-    It is tried again as long as each try brings something: without a network the answer comes in seconds.
-    Where the network fails, one sentence and the exit code NO_NETWORK; OSError where the disk does.
-    """
-    have, before = path.stat().st_size if path.exists() else 0, -1
-    while before < have < size:
-        before = have
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        reason = "the connection broke"
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response, open(path, "ab") as file:
-                partial = response.status == 206
-                whole = response.headers["Content-Range"].rpartition("/")[2] if partial else response.length
-                if str(whole) != str(size):
-                    reason = "what comes is something else (a login page?)"
-                    break
-                if not partial:  # this server can't start in the middle: it sends everything
-                    file.seek(0)
-                    file.truncate()
-                start, begun = file.tell(), time.perf_counter()
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    have = file.tell()
-                    left = (size - have) * (time.perf_counter() - begun) / (have - start)
-                    print(f"\r{have // 10**6} of {size // 10**6} MB, {left:.0f} s left  ", end="", flush=True)
-        except (OSError, http.client.HTTPException) as error:  # no network, time-out, broken TLS: OSErrors
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise  # the disk is full, the quota spent, the folder another's
-            reason = getattr(error, "reason", error)
-        time.sleep(1)  # a network that broke needs a moment
-    print()
-    if have < size:
-        advice = "go online and type the same command"
-        if "CERTIFICATE_VERIFY_FAILED" in str(reason):  # python.org's Python on macOS brings none
-            advice = "run the `Install Certificates` that came with your Python, or check the clock"
-        why = f"can't download {url}: {reason}; {advice}, or say --data synthetic for drawn shapes"
-        print(why, file=sys.stderr)
+    except RuntimeError:  # download_url_to_file's, of another SHA-256
+        sys.exit(f"what comes from {url} is not the file, or a part of it (a login page?); try again")
+    except OSError as error:
+        if not isinstance(error, urllib.error.URLError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror}; 350 MB must be free there")
+        advice = "go online and type the same command, or say --data synthetic for drawn shapes"
+        print(f"can't download {url}: {getattr(error, 'reason', error)}; {advice}", file=sys.stderr)
         sys.exit(NO_NETWORK)
 
 
@@ -424,8 +336,6 @@ def find(data: str) -> pathlib.Path:
     path = pathlib.Path(data)
     if path.name == FOLDER or any((path / name).exists() for name in FILES):
         return path
-    if not (path / FOLDER).exists() and (path / "cifar-10-batches-py").exists():
-        sys.exit(f"{path} holds pickles, which can run code; `python data.py --data data` fetches .bin files")
     return path / FOLDER
 
 
@@ -461,12 +371,8 @@ def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[T
 
 def read_synthetic(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """One split of drawn shapes, as `load`."""
-    size, seed = {"train": (45_000, 0), "validation": (5_000, 100), "test": (10_000, 200)}[split]
-    number = min(limit or size, size)
-    # drawn 5,000 at a time to keep memory small
-    parts = [synthetic(min(number, 5_000), seed + k) for k in range(math.ceil(number / 5_000))]
-    images, labels = zip(*parts)
-    return torch.cat(images), torch.cat(labels)
+    size, seed = {"train": (45_000, 0), "validation": (5_000, 1), "test": (10_000, 2)}[split]
+    return synthetic(min(limit or size, size), seed)
 
 
 def provenance(folder: pathlib.Path) -> str:
@@ -474,61 +380,44 @@ def provenance(folder: pathlib.Path) -> str:
     note = folder / "provenance.txt"
     if not note.exists():
         return "CIFAR-10 files found on disk, origin not known"
-    raw = note.read_bytes()
-    utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
-    return " ".join(raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").split())
+    return " ".join(note.read_text("utf-8-sig", errors="replace").split())
 
 
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Ten classes of shapes to stand in for CIFAR-10: images uint8 [n, 3, size, size], labels int64 [n].
+    """Ten shapes to stand in for CIFAR-10's classes: images uint8 [n, 3, size, size], labels int64 [n].
 
-    Each shape is a set of points (u, v) in its own coordinates; colour, place, size, angle, background and
-    noise have nothing to do with the class, so pixel values alone say little about it.
+    Colours, place, size and angle have nothing to do with the class, so pixel values say little about it.
     """
     g = Generator().manual_seed(seed)
-
-    def draw(low: float, high: float, *shape: int) -> Tensor:
-        """Uniform numbers for every image: [n, *shape]."""
-        return low + (high - low) * torch.rand(number, *shape, generator=g)
-
     labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
+    angle, scale, left, top = torch.rand(4, number, 1, 1, generator=g)
+    angle, scale = 2 * math.pi * angle, 0.4 + 0.4 * scale
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]
-    angle, scale = draw(-math.pi, math.pi, 1, 1), draw(0.4, 0.8, 1, 1)
-    dx, dy = x - draw(-0.35, 0.35, 1, 1), y - draw(-0.35, 0.35, 1, 1)  # [n, S, S]
-    u = (dx * angle.cos() + dy * angle.sin()) / scale
-    v = (dy * angle.cos() - dx * angle.sin()) / scale
+    x, y = x - 0.7 * left + 0.35, y - 0.7 * top + 0.35  # [n, S, S]
+    u = (x * angle.cos() + y * angle.sin()) / scale  # the shape's own coordinates
+    v = (y * angle.cos() - x * angle.sin()) / scale
     r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
-    petal = 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u))
-    inside = [
+    shapes = [
         r < 0.9,  # disc
         (r < 1) & (r > 0.6),  # ring
         box < 0.8,  # square
         (box < 0.9) & (box > 0.55),  # frame
         (v < 0.6) & (v > 1.9 * u.abs() - 1),  # triangle
         (box < 1) & (torch.minimum(u.abs(), v.abs()) < 0.28),  # cross
-        r < petal,  # star
+        r < 0.65 + 0.35 * torch.cos(5 * torch.atan2(v, u)),  # star
         (r < 1) & ((u - 0.45) ** 2 + v * v > 0.5),  # crescent
         (box < 0.9) & (torch.sin(9 * u) > 0),  # bars
         (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0),  # checkers
     ]
-    mask = torch.zeros(number, size, size)  # [n, S, S]
-    for k, shape in enumerate(inside):
-        mask[labels == k] = shape[labels == k].float()
-    # background: a slope between two colours, plus a blob that is no shape of any class
-    colours = draw(0, 1, 4, 3, 1, 1)  # [n, 4, 3, 1, 1]
-    slope = (draw(-0.5, 0.5, 1, 1) * x + draw(-0.5, 0.5, 1, 1) * y + 0.5)[:, None]  # [n, 1, S, S]
-    blob = torch.exp(-(((x - draw(-1, 1, 1, 1)) ** 2 + (y - draw(-1, 1, 1, 1)) ** 2) / 0.15))[:, None]
-    image = colours[:, 0] * slope + colours[:, 1] * (1 - slope)
-    image = image + blob * (colours[:, 3] - image) * 0.8
-    image = image + mask[:, None] * (colours[:, 2] - image)  # [n, 3, S, S]
-    image += draw(0.02, 0.15, 1, 1, 1) * torch.randn(image.shape, generator=g)
-    return (image.clamp_(0, 1) * 255).round_().to(torch.uint8), labels
+    inside = torch.stack(shapes)[labels, torch.arange(number)][:, None]  # [n, 1, S, S]
+    ink, ground = torch.randint(256, (2, number, 3, 1, 1), generator=g, dtype=torch.uint8)
+    return torch.where(inside, ink, ground), labels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it")
     where = "where cifar-10-batches-bin is, or shall be (default: %(default)s)"
-    parser.add_argument("--data", default="data", help=where)
+    parser.add_argument("--data", type=os.path.expanduser, default="data", help=where)
     args = parser.parse_args()
     if source(args.data).name == "cifar10" and not find(args.data).exists():
         fetch(find(args.data).parent)
@@ -540,8 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -16,31 +16,28 @@ Depends on vit.py, data.py and video.py: copy this file with those three. (Cross
 and vit.init_linear.) It continues from video.py's model. `tiny` is for where BLIP can't be downloaded, or
 would take a night:
 
-    python video.py --checkpoint runs/mine/m.pt --blocks 1 --epochs 4
+    python video.py --checkpoint runs/mine/m.pt --blocks 2 --epochs 4
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
-    python multimodal.py embed --captions runs/mine/captions_tiny.jsonl
-    python multimodal.py fuse --captions runs/mine/captions_tiny.jsonl --blocks 1 --epochs 1
+    python multimodal.py embed --captions runs/mine/captions_tiny.json
+    python multimodal.py fuse --captions runs/mine/captions_tiny.json --epochs 1
 
 Papers: Li et al. 2022 (BLIP), Radford et al. 2021 (CLIP), Cherti et al. 2023 (open_clip), Vaswani et al. 2017
 (attention). Shape letters as in vit.py; also U distinct captions, L words (tokens) of a caption, E width of
-CLIP's embedding.
+CLIP's embedding, V words that a captioner knows.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import errno
-import functools
 import json
 import logging
 import pathlib
 import re
 import sys
-import time
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +47,6 @@ import data
 import video
 import vit
 
-REPORTED = {"fusion_blip": 0.7013}  # the coursework report's test accuracy, with BLIP's captions
 SPLITS = ("train", "validation", "test")
 
 # ---------------------------------------------------------------- Part 1: the network
@@ -148,11 +144,10 @@ class Fusion(nn.Module):
         return self.video.encoder
 
     def forward(self, images: Tensor, text: Tensor, is_word: Tensor | None = None, trace=None) -> Tensor:
-        """Static videos of one image each, [B, 3, S, S]; text [B, L, E], is_word [B, L] -> logits [B, K]."""
+        """Images [B, 3, S, S] as static videos; text [B, L, E], is_word [B, L] -> class logits [B, K]."""
         if self.sees_image:
-            first = torch.zeros(len(images), self.video.frames, dtype=torch.long, device=images.device)
-            tokens, _ = self.video.tokens(images[:, None], first)  # [B, 1 + F, D]
-            x = tokens[:, :1]  # CLS, [B, 1, D]
+            frames = video.repeated(self.video.encode(images), self.video.frames)  # [B, F, D]
+            x = self.video.summary(frames)[:, None]  # the temporal CLS, [B, 1, D]
         else:
             x = self.cls.expand(len(images), -1, -1)  # [B, 1, D]
         text = self.project(text) if self.sees_text else None  # [B, L, D]
@@ -162,11 +157,10 @@ class Fusion(nn.Module):
 
 # ---------------------------------------------------------------- Part 2: captions
 
-
 NO_BLIP = 3  # exit code: run_all.sh then goes on with the small captioner, but after no other failure
 
 
-def load_blip(name: str, revision: str | None, device: torch.device):
+def load_blip(name: str):
     """(model, processor) of a BLIP captioner on Hugging Face's hub or in a folder. SystemExit where it can't
     be had, or lacks weights: the library would fill them in at random."""
     import transformers
@@ -174,33 +168,28 @@ def load_blip(name: str, revision: str | None, device: torch.device):
     quiet()
     load = transformers.BlipForConditionalGeneration.from_pretrained
     try:
-        processor = transformers.BlipProcessor.from_pretrained(name, revision=revision)
-        model, found = load(name, revision=revision, output_loading_info=True)
-    except Exception as error:  # offline and not cached, no such model, not a model: many kinds of error
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"can't store the captioner {name}: {error.strerror}; make room, type the same command")
+        processor = transformers.BlipProcessor.from_pretrained(name)
+        model, found = load(name, output_loading_info=True)
+    except (OSError, ValueError) as error:  # offline and not cached, no such model, not a model
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
         print(f"can't load the captioner {name} ({first_line(error)}); {advice}", file=sys.stderr)
         sys.exit(NO_BLIP)
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
-    return model.to(device).eval(), processor
+    return model, processor
 
 
 def quiet() -> None:
-    """Silence the libraries' remarks and bars (except for downloads): what matters becomes one sentence."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+    """Silence the libraries' remarks: what matters becomes one sentence."""
+    import transformers
 
-    disable_progress_bar()
-    enable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.ERROR)
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, without its paragraphs of advice (some begin with a bare colon)."""
-    lines = [line.strip(" :") for line in str(error).splitlines()]
-    return next((line for line in lines if re.search("[a-z]{3}", line)), type(error).__name__)
+    """What a library's error says first, without its paragraphs of advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pixel_values(processor, images: Tensor) -> Tensor:
@@ -210,53 +199,36 @@ def pixel_values(processor, images: Tensor) -> Tensor:
     return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
 
 
-def describe(model, processor, images: Tensor, machine: vit.Machine) -> list[str]:
+@torch.no_grad()
+def describe(model, processor, images: Tensor, autocast) -> list[str]:
     """The captions, of at most 20 tokens each (as in BLIP's own captioning), of uint8 images [n, 3, S, S];
     each word the likeliest next."""
     longest = min(20, model.config.text_config.max_position_embeddings - 1)  # small BLIPs have few positions
-    with torch.no_grad(), machine.autocast():
-        pixels = pixel_values(processor, images)
+    pixels = pixel_values(processor, images)
+    with autocast:
         tokens = model.generate(pixel_values=pixels, num_beams=1, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def read_captions(path: str | pathlib.Path) -> tuple[dict, dict[str, str]]:
-    """A caption file's header, and its captions by image. One JSON object a line: first what made them, then
-    {"image", "caption"}. SystemExit if it is no such file.
-
-    An image is known by a hash of its pixels (data.image_keys), not by its number: the same data set may be
-    in another order on another machine, and then every caption would belong to another image.
-    """
+def read_captions(path: str | pathlib.Path) -> dict:
+    """A caption file, JSON: who wrote the captions ("captioner", "model"), for each split "images", a hash of
+    its images in their order, and "captions", one for each image. SystemExit if it is no such file."""
     try:
-        *lines, last = pathlib.Path(path).read_bytes().split(b"\n")
-    except OSError:
-        command = "python multimodal.py caption --captioner tiny"
-        sys.exit(f"there is no caption file {path}; `{command}` writes one")
-    if last.endswith(b"}"):  # no newline at the end: left out by an editor; any other such line is torn
-        lines.append(last)
-    try:
-        header, *captions = [json.loads(line) for line in lines if line.strip()]
-        if not {"captioner", "model"} <= set(header):
-            raise ValueError("no header")
-        return header, {line["image"]: line["caption"] for line in captions}
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is not a caption file: one line of JSON on the captioner, then one a caption")
+        found = json.loads(pathlib.Path(path).read_text("utf-8"))
+        return {key: found[key] for key in ("captioner", "model", "images", "captions")} | found
+    except (OSError, ValueError, KeyError, TypeError):
+        command = "`python multimodal.py caption --captioner tiny`"
+        sys.exit(f"{path} is missing or no caption file; {command} writes one")
 
 
-def write_captions(path: pathlib.Path, header: dict, captions: dict[str, str]) -> None:
-    """The inverse of read_captions, all or nothing."""
-    lines = [header] + [{"image": key, "caption": caption} for key, caption in captions.items()]
-    vit.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def captions_of(captions: dict[str, str], images: Tensor, split: str, path: str) -> list[str]:
-    """The caption of each of a split's images. SystemExit where an image has none."""
-    keys = data.image_keys(images)
-    missing = sum(key not in captions for key in keys)
-    if missing:
-        why = f"{path} has no caption for {missing:,} of {len(keys):,} {split} images"
-        sys.exit(f"{why}: it was made of other images, or `multimodal.py caption` has not finished it")
-    return [captions[key] for key in keys]
+def captions_of(found: dict, split: str, images: Tensor, path: str) -> list[str]:
+    """The captions of a split's images, from read_captions. SystemExit where they are others', or in another
+    order: every caption would then belong to another image."""
+    captions = found["captions"][split]
+    if found["images"][split] != vit.hash_of(images) or len(captions) != len(images):
+        why = f"{path} was made of other {split} images, of these in another order, or is not finished"
+        sys.exit(f"{why}; `python multimodal.py caption` makes one for yours")
+    return captions
 
 
 SYNONYMS = {
@@ -282,118 +254,87 @@ def named_class(caption: str, classes: list[str]) -> int:
     return -1
 
 
-def small_blips(out: str, images: Tensor, labels: Tensor) -> list[str]:
-    """The folders of the small BLIPs, by fold. SystemExit unless all are there, of one run, finished, and
-    trained on these training images (in another order an image's captioner might have seen it)."""
-    first = pathlib.Path(out, "tiny_blip_0.pt")
-    settings = vit.read_checkpoint(first)["settings"] if first.exists() else {"folds": 1}
-    folders = [f"{out}/tiny_blip_{fold}" for fold in range(settings["folds"])]
-    for folder in folders:
-        written = pathlib.Path(folder, "model.safetensors").exists()
-        state = vit.read_checkpoint(f"{folder}.pt") if written else None
-        if not written or not state["finished"] or state["settings"] != settings:
-            train = f"python multimodal.py tiny --checkpoint ENCODER.pt --out {out}"
-            sys.exit(f"{folder} is not trained yet; `{train}` does it")
-    if settings["images"] != data.fingerprint(images, labels):
-        again = f"python multimodal.py tiny --fresh --checkpoint ENCODER.pt --out {out}"
-        sys.exit(f"{first} was made with another images (--data or --limit); `{again}` makes it of these")
-    return folders
-
-
 def caption(args: argparse.Namespace) -> None:
     """Caption every image of the three splits; as a row, how often the caption names the right class."""
-    machine, about = vit.set_up(args.device, args.precision, args.seed), data.source(args.data)
-    images, labels, keys = {}, {}, {}  # of each split
+    from tqdm import tqdm
+
+    device, autocast = vit.set_up(args)
+    source, images, labels = data.source(args.data), {}, {}  # of each split
     for split in SPLITS:
-        images[split], labels[split] = data.load(args.data, split, limit=args.limit)
-        keys[split] = data.image_keys(images[split])
-    name = f"captions_{args.captioner}"
-    header = {"captioner": args.captioner, "dataset": about.name}
+        images[split], labels[split] = data.load(args.data, split, device, args.limit)
     if args.captioner == "blip":
-        if args.seen:
-            sys.exit("--seen is for the small captioners, which are trained here on the labels")
-        models = [args.blip]
-        header |= {"model": args.blip, "revision": args.revision}
+        found, models = {"model": args.blip}, [load_blip(args.blip)]
     else:
-        models = small_blips(args.out, images["train"], labels["train"])
-        weights = vit.hash_of_files(*[f"{folder}/model.safetensors" for folder in models])
-        header |= {"model": "small BLIP trained here", "seen": args.seen, "weights": weights}
-        name += "_seen" if args.seen else ""
-    name = args.name or name
-    path = pathlib.Path(args.out, f"{name}.jsonl")
-    captions = {}
+        made_of = vit.hash_of(images["train"], labels["train"])
+        models, weights = load_small_blips(args.out, source.classes, made_of)
+        found = {"model": f"small BLIP trained here, {weights}"}
+    found |= {"captioner": args.captioner, "images": {split: vit.hash_of(images[split]) for split in SPLITS}}
+    name = args.name or f"captions_{args.captioner}"
+    path = pathlib.Path(args.out, f"{name}.json")
+    captions = {split: [] for split in SPLITS}
     if path.exists() and not args.fresh:
-        before, captions = read_captions(path)
-        vit.refuse_other_settings(path, before, header)
-        if captions and not any(key in captions for split in SPLITS for key in keys[split]):
-            sys.exit(f"{path} holds captions of other images only; --fresh replaces them, --name keeps them")
+        before = read_captions(path)
+        captions = before.pop("captions")
+        for key, value in found.items():
+            if before[key] != value:
+                sys.exit(f"{path} was made with another {key}; --fresh replaces it, --name keeps it")
+    found["captions"] = captions
 
-    load = functools.cache(load_blip)  # once each, when it is needed
-    saved = time.perf_counter()
+    for model, _ in models:
+        model.to(device).eval()
     for split in SPLITS:
-        left = [i for i, key in enumerate(keys[split]) if key not in captions]
-        progress = vit.Progress(f"{split} captions", len(left))
-        for fold, folder in enumerate(models):
-            own = [i for i in left if fold == fold_of_captioner(i, len(models), args.seen)]
-            for start in range(0, len(own), args.batch):
-                index = own[start : start + args.batch]
-                model, processor = load(folder, args.revision, machine.device)
-                found = describe(model, processor, images[split][index].to(machine.device), machine)
-                captions |= {keys[split][i]: text for i, text in zip(index, found)}
-                progress.advance(len(index))
-                if time.perf_counter() - saved > 10:  # seconds: no accident costs more
-                    write_captions(path, header, captions)
-                    saved = time.perf_counter()
-        if left:
-            write_captions(path, header, captions)
+        done, n = captions[split], len(images[split])
+        for start in tqdm(range(len(done), n, args.batch), split, disable=None):
+            here = torch.arange(start, min(start + args.batch, n))
+            batch = [""] * len(here)
+            for fold, (model, processor) in enumerate(models):
+                # a small BLIP captions only the images of its own fold, which it has not been trained on
+                own = (here % len(models) == fold).nonzero()[:, 0].tolist()
+                words = describe(model, processor, images[split][here[own]], autocast) if own else []
+                for i, sentence in zip(own, words):
+                    batch[i] = sentence
+            done += batch
+            if start // 1000 != (start + args.batch) // 1000 or len(done) == n:
+                with vit.whole_file(path) as file:  # what is left to an accident: the last thousand
+                    file.write(json.dumps(found, indent=0, ensure_ascii=False).encode())
+        print(f"{split}: {n:,} captions in {path}", flush=True)
 
-    row = {"captioner": args.captioner, "model": header["model"], "words": vit.hash_of_files(path)}
-    row["images"] = data.fingerprint(images[args.split], labels[args.split])
+    row = {"captioner": args.captioner, "model": found["model"], "provenance": source.provenance}
     for split in dict.fromkeys(("train", "validation", args.split)):  # test: only if asked
-        named = [named_class(captions[key], about.classes) for key in keys[split]]
-        named = torch.tensor(named)  # [n]
+        named = torch.tensor([named_class(c, source.classes) for c in captions[split]], device=device)  # [n]
         row[f"{split}_right"] = (named == labels[split]).float().mean().item()
         row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
-    vit.record(args, name, machine, about, value=row[f"{args.split}_right"], **row)
-
-
-def fold_of_captioner(index: int, folds: int, seen: bool) -> int:
-    """Which of the small BLIPs captions the image of this number: that of its own fold, which was trained on
-    all others and has not seen it (see Part 4), or, to see what that is good for, the next, which has."""
-    fold = index % folds
-    return (fold + 1) % folds if seen else fold
+    row["value"] = row[f"{args.split}_right"]
+    vit.record(args, name, images[args.split], labels[args.split], **row)
 
 
 # ---------------------------------------------------------------- Part 3: embeddings
 
 
-def load_clip(name: str, weights: str | None):
-    """(CLIP model on the CPU, tokenizer): an open_clip architecture with the tag or file of its weights, or
-    "local-dir:FOLDER". SystemExit where it can't be had."""
+def load_clip(name: str, out: str):
+    """(CLIP model, tokenizer, what it is): open_clip's architecture of that name with LAION's weights, or
+    "tiny", the small one in `out`. SystemExit where it can't be had."""
     import open_clip
 
     quiet()
-    local = name.startswith("local-dir:")
+    if name == "tiny":
+        state = vit.read_checkpoint(pathlib.Path(out, "tiny_clip.pt"))
+        model, tokenizer = small_clip(state["recipe"]["size"])
+        model.load_state_dict(state["model"])
+        return model, tokenizer, f"tiny, {vit.hash_of(*state['model'].values())}"
+    weights = "laion2b_s34b_b79k"
     try:
-        model = open_clip.create_model(name, None if local else weights, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # offline, no such model or file, not weights: open_clip raises many kinds
-        hub = (open_clip.get_pretrained_cfg(name, weights) or {}).get("hf_hub", "").strip("/")
-        advice = "name a file with --clip-weights"
-        if local:
-            advice = "`python multimodal.py tiny --checkpoint ENCODER.pt` trains one into --out"
-        elif hub:
-            advice = f"`hf download {hub} --include 'open_clip*'` fetches it; or {advice}"
-        sys.exit(f"can't load the CLIP {name} with weights {weights} ({first_line(error)}); {advice}")
-    if not (torch.is_tensor(getattr(model, "text_projection", None)) and hasattr(tokenizer, "decode")):
-        sys.exit(f"the text tower of {name} is built otherwise than CLIP's; choose another --clip")
-    return model.eval(), tokenizer
+        model = open_clip.create_model(name, weights, require_pretrained=True)
+        return model, open_clip.get_tokenizer(name), f"{name}, {weights}"
+    except Exception as error:  # offline, no such model: open_clip raises many kinds
+        advice = "`hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K --include 'open_clip*'` fetches ViT-B-32"
+        sys.exit(f"can't load the CLIP {name} ({first_line(error)}); {advice}; or choose --clip tiny")
 
 
 @torch.no_grad()
-def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, Tensor]]:
-    """What CLIP makes of a caption: its L words as CLIP reads them, joined by spaces, and a unit vector for
-    each, [L, E]. The last, the end-of-text token's, is what CLIP itself takes for the whole caption (its
+def embed_words(model, tokenizer, captions: list[str]) -> list[tuple[str, Tensor]]:
+    """What CLIP makes of each caption: its L words as CLIP reads them, joined by spaces, and a unit vector
+    for each, [L, E]. The last, the end-of-text token's, is what CLIP itself takes for the whole caption (its
     encode_text). CLIP's projection was trained on that one alone; what it makes of the other words is not in
     the space that CLIP shares with images, but tells the words apart, which is all that keys and values
     need."""
@@ -404,55 +345,40 @@ def embed_words(model, tokenizer, captions: list[str]) -> dict[str, tuple[str, T
     model.encode_text(tokens.to(model.text_projection.device))
     hook.remove()
     states = F.normalize(seen[0].float() @ model.text_projection.float(), dim=-1)  # [u, context length, E]
-    found = {}
-    for caption, ids, state, n in zip(captions, tokens.tolist(), states.cpu(), length.tolist()):
+    found = []
+    for ids, state, n in zip(tokens.tolist(), states.cpu(), length.tolist()):
         words = [tokenizer.decode([i]).strip() for i in ids[1 : n - 1]]
-        found[caption] = (" ".join(["<start>", *words, "<end>"]), state[:n])
+        found.append((" ".join(["<start>", *words, "<end>"]), state[:n]))
     return found
+
+
+def embeddings_path(args: argparse.Namespace) -> pathlib.Path:
+    """Where the embeddings of --captions lie."""
+    return pathlib.Path(args.out, pathlib.Path(args.captions).stem + "_clip.pt")
 
 
 def embed(args: argparse.Namespace) -> None:
     """Embed every distinct caption of a file once; writes out/NAME_OF_THE_FILE_clip.pt."""
-    header, captions = read_captions(args.captions)
-    usual = f"local-dir:{args.out}/tiny_clip" if header["captioner"] == "tiny" else "ViT-B-32"
-    name = args.clip or usual
-    clip = f"{name} {args.clip_weights} {vit.hash_of_files(args.clip_weights)}"
-    if name.startswith("local-dir:"):
-        folder = pathlib.Path(name.removeprefix("local-dir:"))
-        clip = f"{folder.name} {vit.hash_of_files(*sorted(folder.glob('*')))}"
-    path = embeddings_path(args.out, args.captions)
-    used, embedded = read_embeddings(path)
-    embedded = embedded if used == clip else {}
-    new = [c for c in dict.fromkeys(captions.values()) if c not in embedded]
-    print(f"{len(captions):,} captions, {len(new):,} to embed with {name}, each once")
-    if not new:
-        return
-    machine = vit.set_up(args.device, "float32", args.seed)
-    model, tokenizer = load_clip(name, args.clip_weights)
+    from tqdm import tqdm
+
+    found = read_captions(args.captions)
+    distinct = list(dict.fromkeys(caption for split in SPLITS for caption in found["captions"][split]))
+    args.precision = "float32"
+    device, _ = vit.set_up(args)
+    model, tokenizer, clip = load_clip(
+        args.clip or ("tiny" if found["captioner"] == "tiny" else "ViT-B-32"), args.out
+    )
     model.visual = None  # only the text tower is used
-    model.to(machine.device)
-    progress = vit.Progress("captions", len(new))
-    for start in range(0, len(new), 256):
-        some = new[start : start + 256]
-        embedded |= embed_words(model, tokenizer, some)
-        progress.advance(len(some))
+    model.to(device).eval()
+    embedded = []
+    for start in tqdm(range(0, len(distinct), 256), "captions", disable=None):
+        embedded += embed_words(model, tokenizer, distinct[start : start + 256])
+    words, states = zip(*embedded)
     # in float16, and as views of one tensor, which torch.save writes as one piece of the file
-    lengths = [len(states) for _, states in embedded.values()]
-    pieces = torch.cat([states for _, states in embedded.values()]).half().split(lengths)
-    embedded = {caption: (words, piece) for (caption, (words, _)), piece in zip(embedded.items(), pieces)}
-    vit.write_tensors(path, {"clip": clip, "embedded": embedded})
-    print(f"wrote {path}")
-
-
-def embeddings_path(out: str, captions: str) -> pathlib.Path:
-    """Where the embeddings of a caption file lie."""
-    return pathlib.Path(out, pathlib.Path(captions).stem + "_clip.pt")
-
-
-def read_embeddings(path: pathlib.Path) -> tuple[str, dict[str, tuple[str, Tensor]]]:
-    """Which CLIP made them, and what embed_words found, in float16; empty where there is no file."""
-    stored = torch.load(path, weights_only=True) if path.exists() else {"clip": "", "embedded": {}}
-    return stored["clip"], stored["embedded"]
+    states = torch.cat(states).half().split([len(s) for s in states])
+    with vit.whole_file(embeddings_path(args)) as file:
+        torch.save({"clip": clip, "captions": distinct, "words": words, "states": states}, file)
+    print(f"{len(distinct):,} distinct captions embedded by {clip}; wrote {embeddings_path(args)}")
 
 
 # ---------------------------------------------------------------- Part 4: without downloads
@@ -498,30 +424,27 @@ def sentences(images: Tensor, labels: Tensor, classes: list[str]) -> list[str]:
     return found
 
 
-def small_blip(encoder: vit.ViT, classes: list[str], size: int):
-    """(BLIP model, processor) whose image tower is our `encoder`, weights and all, looking at images enlarged
-    to `size` pixels: patches of 8 pixels then show less of the image each, so it sees details that our 16
-    patches blur, and errs elsewhere than the image model. (The real BLIP enlarges to 384 pixels.)"""
+def small_blip(config: dict, classes: list[str], size: int):
+    """(BLIP model, processor) whose image tower is built as our encoder of that `config`, looking at images
+    enlarged to `size` pixels: patches of 8 pixels then show less of the image each, so it sees details that
+    our 16 patches blur, and errs elsewhere than the image model. (The real BLIP enlarges to 384 pixels.)"""
     import transformers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     words = ["the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
     number = {word: i for i, word in enumerate(special + words)}
-    ours = encoder.config
-    D = ours["dim"]
-    both = {"hidden_size": D, "intermediate_size": 4 * D, "num_attention_heads": ours["heads"]}
-    image = {"image_size": size, "patch_size": ours["patch_size"], "num_hidden_layers": ours["depth"]}
+    D = config["dim"]
+    both = {"hidden_size": D, "intermediate_size": 4 * D, "num_attention_heads": config["heads"]}
+    image = {"image_size": size, "patch_size": config["patch_size"], "num_hidden_layers": config["depth"]}
     text = {"vocab_size": len(number), "num_hidden_layers": 2, "encoder_hidden_size": D}
     text |= {"max_position_embeddings": 16, "bos_token_id": number["[DEC]"], "pad_token_id": number["[PAD]"]}
     text |= {"eos_token_id": number["[SEP]"], "sep_token_id": number["[SEP]"]}
     config = transformers.BlipConfig(vision_config=both | image, text_config=both | text)
-    model = transformers.BlipForConditionalGeneration(config)
-    copy_encoder(encoder, model.vision_model)
-
     look = {"size": {"height": size, "width": size}}
     look |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # as vit.standardise
     tokenizer = transformers.BertTokenizer(vocab=number, bos_token="[DEC]")
-    return model, transformers.BlipProcessor(transformers.BlipImageProcessor(**look), tokenizer)
+    processor = transformers.BlipProcessor(transformers.BlipImageProcessor(**look), tokenizer)
+    return transformers.BlipForConditionalGeneration(config), processor
 
 
 @torch.no_grad()
@@ -545,42 +468,43 @@ def copy_encoder(encoder: vit.ViT, tower: nn.Module) -> None:
     ends.class_embedding.copy_(encoder.cls)
 
 
-def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor, truth: list[str], machine):
-    """Train one fold's captioner on the images of all other folds; writes the folder out/tiny_blip_FOLD."""
+def train_small_blip(args, fold: int, encoder: vit.ViT, images, labels, truth: list[str], device, autocast):
+    """Train one fold's captioner on the images of all other folds; writes out/tiny_blip_FOLD.pt."""
     classes = data.source(args.data).classes
-    model, processor = small_blip(encoder, classes, args.enlarge)
+    model, processor = small_blip(encoder.config, classes, args.enlarge)
+    copy_encoder(encoder, model.vision_model)
     if args.frozen:  # the first blocks stay as they came: a step is cheaper, and few epochs teach more
         model.vision_model.embeddings.requires_grad_(False)
         model.vision_model.encoder.layers[: args.frozen].requires_grad_(False)
-    parallel = vit.data_parallel(model.to(machine.device))
+    model.to(device)
     ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"]
-    ids = ids.to(machine.device)  # [n, L + 2]
+    ids = ids.to(device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
-    weight = torch.ones(model.config.text_config.vocab_size, device=machine.device)  # [V], V words in all
+    weight = torch.ones(model.config.text_config.vocab_size, device=device)  # [V]
     # of seven words and the end only the class is hard to find: it counts a little more than all others do
     # together; not tuned
     weight[-len(classes) :] = 8.0
-    others = (torch.arange(len(images), device=machine.device) % args.folds != fold).nonzero()[:, 0]
+    others = (torch.arange(len(images), device=device) % args.folds != fold).nonzero()[:, 0]
 
-    steps = vit.steps_of(len(others), args.batch)
-    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
-    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    name = f"tiny_blip_{fold}"
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
+    recipe = vit.recipe_of(args, images, labels, args.checkpoint) | {"encoder": encoder.config}
+    steps = len(others) // args.batch
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, args.epochs * steps, args.warmup))
+    run = vit.Run(args, f"tiny_blip_{fold}", model, optimizer, schedule, steps, recipe)
 
-    for _ in range(run.epoch, run.epochs):
+    for _ in range(run.epoch, args.epochs):
         model.train()
         for i in data.shuffled_batches(len(others), args.batch, run.generator):
             index = others[i]  # [B]
-            x = data.crop_flip(images[index], run.generator)  # [B, 3, S, S]
-            x, words = vit.share(x), vit.share(ids[index])  # words: [B, L + 2]
+            x, words = data.crop_flip(images[index], run.generator), ids[index]  # [B, 3, S, S], [B, L + 2]
             pixels = pixel_values(processor, (255 * x).round().byte())  # [B, 3, S', S']
-            with run.machine.autocast():
-                logits = parallel(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
+            with autocast:
+                logits = model(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
             guess = logits[:, :-1]  # [B, L + 1, V]
             target = words[:, 1:]  # [B, L + 1]: every word from those before
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
+            vit.average_gradients(model)
             # one absurd batch must not rule the momentum; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -589,76 +513,82 @@ def train_small_blip(args, settings, fold: int, encoder: vit.ViT, images: Tensor
             right = (guess.argmax(dim=2) == target).float()  # [B, L + 1]
             run.log(loss=loss, words=right.mean(), train=right[:, 1].mean())  # the second word is the class
         run.save()
-    run.finish()
-    if vit.RANK > 0:
-        return
-    folder = f"{args.out}/tiny_blip_{fold}"
-    try:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    except Exception as error:  # a full disk; the library raises several kinds
-        sys.exit(f"can't write {folder} ({first_line(error)}); free some space, then type the same command")
 
 
-def small_clip(size: int) -> dict:
-    """open_clip's configuration of a CLIP for images of `size` pixels, small enough to train in a minute; not
+def load_small_blips(out: str, classes: list[str], images: str):
+    """The small BLIPs, by fold, with their processors, and a hash of their weights. SystemExit unless all are
+    there, finished, and trained on the training `images` (a hash): in another order an image's captioner
+    might have seen its label."""
+    states = [vit.read_checkpoint(pathlib.Path(out, "tiny_blip_0.pt"))]
+    recipe = states[0]["recipe"]
+    states += [vit.read_checkpoint(pathlib.Path(out, f"tiny_blip_{k}.pt")) for k in range(1, recipe["folds"])]
+    models = []
+    for fold, state in enumerate(states):
+        same = all(recipe[key] == state["recipe"][key] for key in recipe if key not in ("code", "precision"))
+        if not same or state["epoch"] < recipe["epochs"] or recipe["images"] != images:
+            train = f"python multimodal.py tiny --checkpoint ENCODER.pt --out {out}"
+            sys.exit(
+                f"{out}/tiny_blip_{fold}.pt is not finished, or of other images (--data, --limit); `{train}`"
+            )
+        model, processor = small_blip(recipe["encoder"], classes, recipe["enlarge"])
+        model.load_state_dict(state["model"])
+        models.append((model, processor))
+    return models, vit.hash_of(*(weight for state in states for weight in state["model"].values()))
+
+
+def small_clip(size: int):
+    """(open_clip's CLIP for images of `size` pixels, its tokenizer), small enough to train in a minute; not
     tuned."""
-    image = {"image_size": size, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
-    return {"embed_dim": 64, "vision_cfg": image, "text_cfg": text}
-
-
-def train_small_clip(args, settings, images: Tensor, truth: list[str], machine: vit.Machine) -> None:
-    """Train a small CLIP on images and sentences, for one epoch; writes the folder out/tiny_clip."""
     import open_clip  # only here: it takes seconds
 
-    config = small_clip(images.shape[-1])
-    model = open_clip.CLIP(**config).to(machine.device)
-    parallel = vit.data_parallel(model)
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
-    tokens = tokenizer(truth).to(machine.device)  # [n, 16]
+    image = {"image_size": size, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    return open_clip.CLIP(64, image, text), open_clip.SimpleTokenizer(context_length=16)
+
+
+def train_small_clip(args, images: Tensor, labels: Tensor, truth: list[str], device, autocast) -> None:
+    """Train a small CLIP on images and sentences, for one epoch; writes out/tiny_clip.pt."""
+    import open_clip
+
+    model, tokenizer = small_clip(images.shape[-1])
+    model.to(device)
+    tokens = tokenizer(truth).to(device)  # [n, 16]
     contrast = open_clip.ClipLoss()
 
-    steps = vit.steps_of(len(images), args.batch)
-    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
-    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, steps, args.warmup))
-    plan = vit.plan_of(args, steps, args.batch) | {"epochs": 1}
-    run = vit.Run("tiny_clip", model, optimizer, schedule, machine, settings, **plan)
+    args = argparse.Namespace(**vars(args) | {"epochs": 1})
+    recipe = vit.recipe_of(args, images, labels) | {"size": images.shape[-1]}
+    steps = len(images) // args.batch
+    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.precision)
+    schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, steps, args.warmup))
+    run = vit.Run(args, "tiny_clip", model, optimizer, schedule, steps, recipe)
 
-    for _ in range(run.epoch, run.epochs):
+    for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
-            x = vit.share(vit.standardise(data.crop_flip(images[index], run.generator)))  # [B, 3, S, S]
-            with run.machine.autocast():
-                picture, text, scale = parallel(x, vit.share(tokens[index]))  # [B, E], [B, E], []
+            x = vit.standardise(data.crop_flip(images[index], run.generator))  # [B, 3, S, S]
+            with autocast:
+                picture, text, scale = model(x, tokens[index])  # [B, E], [B, E], []
             loss = contrast(vit.gather(picture.float()), vit.gather(text.float()), scale)
             loss.backward()
+            vit.average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             run.log(loss=loss)
         run.save()
-    run.finish()
-    folder = pathlib.Path(args.out, "tiny_clip")
-    vit.write_file(folder / "open_clip_config.json", json.dumps({"model_cfg": config}).encode())
-    vit.write_tensors(folder / "open_clip_pytorch_model.bin", model.state_dict())
 
 
 def tiny(args: argparse.Namespace) -> None:
-    """Train a small BLIP for each fold, and a small CLIP; write folders for load_blip and load_clip."""
+    """Train a small BLIP for each fold, and a small CLIP."""
     quiet()
     if args.folds < 2:
         sys.exit("--folds must be at least 2: an image's captioner must not have seen its label")
-    if vit.read_checkpoint(args.checkpoint)["settings"].get("stage") != "pretrain":
+    if vit.read_checkpoint(args.checkpoint)["recipe"].get("stage") != "pretrain":
         sys.exit(f"{args.checkpoint} was trained on labels; choose an encoder from `ssl.py pretrain`")
-    machine = vit.set_up(args.device, args.precision, args.seed)
-    images, labels = data.load(args.data, "train", machine.device, args.limit)
+    device, autocast = vit.set_up(args)
+    images, labels = data.load(args.data, "train", device, args.limit)
     encoder = vit.load_encoder(args.checkpoint, images.shape[-1])
-    start, pixels = vit.hash_of_checkpoint(args.checkpoint), data.fingerprint(images, labels)
-    settings = vit.settings_of(args, encoder, start=start, images=pixels)
-    if encoder.config["stem"]:
-        sys.exit(f"{args.checkpoint} was made with --stem, which BLIP's image tower has not")
     patch = encoder.config["patch_size"]
     if args.enlarge % patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
@@ -668,166 +598,150 @@ def tiny(args: argparse.Namespace) -> None:
             sys.exit(f"captions need classes of one word in small letters, a to z; rename {name!r}")
     truth = sentences(images, labels, classes)
     for fold in range(args.folds):
-        train_small_blip(args, settings, fold, encoder, images, truth, machine)
-    train_small_clip(args, settings, images, truth, machine)
+        train_small_blip(args, fold, encoder, images, labels, truth, device, autocast)
+    train_small_clip(args, images, labels, truth, device, autocast)
 
 
 # ---------------------------------------------------------------- Part 5: fusion and its controls
 
 
-class Captioned(NamedTuple):
-    """A split on the device: its images with their labels, and the embeddings of their captions."""
-
-    images: Tensor  # uint8 [n, 3, S, S]
-    labels: Tensor  # [n]
-    which: Tensor  # [n], the number of each image's caption in the two tables that follow
-    states: Tensor  # [U, L, E]
-    is_word: Tensor  # [U, L], False where there is only padding
-
-    def text(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What Fusion reads beside the images at `index` [B]: [B, L, E] and [B, L]."""
-        which = self.which[index]  # [B]
-        return self.states[which].float(), self.is_word[which]
-
-
-def load_captioned(args, captions: dict, embedded: dict, device: torch.device) -> dict[str, Captioned]:
-    """The splits that `fuse` needs, by name. SystemExit where an image has no caption."""
-    number = {caption: i for i, caption in enumerate(embedded)}
-    states = [state for _, state in embedded.values()]
+def fuse(args: argparse.Namespace) -> None:
+    """Fine-tune the video model with the cross-attention block, and train its controls, a row apiece."""
+    if args.name and len(args.control) > 1:
+        sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
+    found = read_captions(args.captions)
+    if not embeddings_path(args).exists():
+        command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
+        sys.exit(f"these captions are not embedded yet; `{command}` does it")
+    table = torch.load(embeddings_path(args), weights_only=True)
+    start = args.checkpoint or f"{args.out}/video_2.pt"
+    base = video.load_video(start)
+    device, autocast = vit.set_up(args)
+    source, images, labels, which, named = data.source(args.data), {}, {}, {}, {}  # of each split
+    number = {caption: i for i, caption in enumerate(table["captions"])}
+    for split in dict.fromkeys(("train", "validation", args.split)):
+        images[split], labels[split] = data.load(args.data, split, device, args.limit)
+        captions = captions_of(found, split, images[split], args.captions)
+        if not number.keys() >= set(captions):
+            sys.exit(f"{args.captions} has changed since `multimodal.py embed`; type that command again")
+        # the number of each image's caption in the tables that follow, [n]
+        which[split] = torch.tensor([number[caption] for caption in captions], device=device)
+        named[split] = torch.tensor([named_class(c, source.classes) for c in captions], device=device)
+    states = list(table["states"])
     if args.text == "pooled":  # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
         states = [s[-1:] for s in states]
     length = torch.tensor([len(s) for s in states])
     states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
     is_word = (torch.arange(states.shape[1]) < length[:, None]).to(device)  # [U, L]
-    found = {}
-    for split in ("train", "validation", args.split):
-        images, labels = data.load(args.data, split, device, args.limit)
-        which = [number[caption] for caption in captions_of(captions, images, split, args.captions)]
-        found[split] = Captioned(images, labels, torch.tensor(which, device=device), states, is_word)
-    return found
 
-
-def fuse(args: argparse.Namespace) -> None:
-    """Fine-tune the video model with the cross-attention block, and train its controls, a row apiece."""
-    header, captions = read_captions(args.captions)
-    about = data.source(args.data)
-    if args.name and len(args.control) > 1:
-        sys.exit("--name is for one --control; leave it out, and each row is called after what it is")
-    clip, embedded = read_embeddings(embeddings_path(args.out, args.captions))
-    if not embedded.keys() >= set(captions.values()):
-        command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
-        sys.exit(f"not all of these captions are embedded; `{command}` does it")
-    start = args.checkpoint or f"{args.out}/video_encoder_{args.blocks}.pt"
-    base = video.load_video(start)
-    machine = vit.set_up(args.device, args.precision, args.seed)
-    splits = load_captioned(args, captions, embedded, machine.device)
-    text_dim = splits["train"].states.shape[2]
-    usual = f"fusion_{header['captioner']}"
-    usual += "_1" if len(base.blocks) == 1 else ""
-    usual += "_seen" if header.get("seen") else ""
-    usual += "_tokens" if args.text == "tokens" else ""
-
-    settings = vit.settings_of(args, base.encoder, start=vit.hash_of_checkpoint(start), clip=clip)
-    settings |= {"blocks": len(base.blocks), "words": vit.hash_of_files(args.captions)}
-    settings |= {"images": data.fingerprint(splits["train"].images, splits["train"].labels)}
-
+    recipe = vit.recipe_of(args, images["train"], labels["train"], start)
+    recipe |= {"clip": table["clip"], "words": vit.hash_of(json.dumps(found).encode())}
     for control in args.control:
-        name = args.name or (usual if control == "none" else f"{usual}_{control}")
-        own = splits
-        if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
-            own = {split: part._replace(which=part.which.roll(-1)) for split, part in splits.items()}
+        name = f"fusion_{found['captioner']}" + ("_tokens" if args.text == "tokens" else "")
+        name = args.name or name + ("" if control == "none" else f"_{control}")
         torch.manual_seed(args.seed)  # so that a row does not depend on those before it
-        model = Fusion(copy.deepcopy(base), text_dim, control != "text_only", control != "image_only")
-        model.to(machine.device)
-        this = settings | {"control": control}
-        run = train_fusion(args, name, model, own["train"], own["validation"], machine, this)
-        judged = own[args.split]
-        row = run.summary() | {"images": data.fingerprint(judged.images, judged.labels)}
-        if vit.measured(args, name, row):
-            continue
-        logits = predict(model, judged, run.machine)
-        arrays = for_figures(model, judged, logits, embedded, args.text == "tokens")
-        vit.write_arrays(vit.arrays_path(args, name), **arrays)
-        row |= {"value": vit.accuracy(logits, judged.labels), "report": REPORTED.get(name)}
-        row |= {"captioner": header["captioner"], "model": header["model"], "clip": clip}
-        vit.record(args, name, run.machine, about, **row)
+        model = Fusion(copy.deepcopy(base), states.shape[2], control != "text_only", control != "image_only")
+        model.to(device)
+        own = which
+        if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
+            own = {split: numbers.roll(-1) for split, numbers in which.items()}
+
+        def logits_of(split: str) -> Tensor:
+            """Class logits [n, K] of a split's images with their captions."""
+
+            def answer(x: Tensor, i: Tensor) -> Tensor:
+                """Of a batch."""
+                return model(x.float() / 255, states[i].float(), is_word[i])
+
+            return vit.evaluate(model, autocast, answer, images[split], own[split])
+
+        steps = len(images["train"]) // args.batch
+        optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.precision)
+        schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, args.epochs * steps, args.warmup))
+        run = vit.Run(args, name, model, optimizer, schedule, steps, recipe | {"control": control})
+
+        for _ in range(run.epoch, args.epochs):
+            model.train()
+            for index in data.shuffled_batches(len(images["train"]), args.batch, run.generator):
+                x = data.crop_flip(images["train"][index], run.generator)  # [B, 3, S, S]
+                y, i = labels["train"][index], own["train"][index]  # [B], [B]
+                with autocast:
+                    logits = model(x, states[i].float(), is_word[i])  # [B, K]
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
+                loss.backward()
+                vit.average_gradients(model)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                run.log(loss=loss, train=(logits.argmax(1) == y).float().mean())
+            run.save(validation=vit.accuracy(logits_of("validation"), labels["validation"]))
+
+        logits, truth = logits_of(args.split), labels[args.split]
+        about = {"captioner": found["captioner"], "clip": table["clip"], "provenance": source.provenance}
+        row = run.row() | about | {"value": vit.accuracy(logits, truth)}
+        arrays = for_pictures(
+            model, images[args.split], truth, own[args.split], logits, table, states, is_word
+        )
+        with vit.whole_file(vit.row_path(args, name, "npz")) as file:
+            np.savez_compressed(file, **arrays)
+        vit.record(args, name, images[args.split], truth, **row)
+        if control == "image_only":
+            fitted = (logits_of("validation"), named["validation"], labels["validation"])
+            value, without = bound(*fitted, logits, named[args.split], truth)
+            name = name.replace("image_only", "bound")
+            vit.record(args, name, images[args.split], truth, value=value, without=without, **about)
 
 
-def train_fusion(args, name: str, model: Fusion, train: Captioned, validation: Captioned, machine, settings):
-    """Train one row of `fuse` -> its vit.Run."""
-    # without the image nothing could tell what CutMix has mixed in
-    cutmix = args.cutmix if model.sees_image else 0.0
-    parallel = vit.data_parallel(model, some_idle=True)
+def bound(logits: Tensor, named: Tensor, labels: Tensor, logits2: Tensor, named2: Tensor, labels2: Tensor):
+    """What captions could bring at best: accuracy of a logistic regression on the image-only model's logits
+    [n, K] and the class that the caption names [n] (-1: none); then of one on the logits alone. It is fitted
+    on the first images, validation's, which no model was trained on, and judged on the second."""
+    classes = logits.shape[1]
 
-    steps = vit.steps_of(len(train.images), args.batch)
-    optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, machine.precision)
-    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, args.epochs * steps, args.warmup))
-    run = vit.Run(name, model, optimizer, schedule, machine, settings, **vit.plan_of(args, steps, args.batch))
+    def inputs(logits: Tensor, named: Tensor) -> Tensor:
+        """[n, K], [n] -> [n, K + K + 1]."""
+        return torch.cat([logits.log_softmax(dim=1), F.one_hot(named + 1, classes + 1)], dim=1)
 
-    for _ in range(run.epoch, run.epochs):
-        model.train()
-        for index in data.shuffled_batches(len(train.images), args.batch, run.generator):
-            x = data.crop_flip(train.images[index], run.generator)  # [B, 3, S, S]
-            y = train.labels[index]  # [B]
-            x, other, kept = data.cutmix(x, y, run.generator, cutmix)  # a mixed image keeps its own caption
-            x, y, other, index = vit.share(x), vit.share(y), vit.share(other), vit.share(index)
-            with run.machine.autocast():
-                logits = parallel(x, *train.text(index))  # [B, K]
-            loss = data.cutmix_loss(logits, y, other, kept, args.smoothing)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            run.log(loss=loss, train=data.cutmix_accuracy(logits, y, other, kept))
-        right = vit.accuracy(predict(model, validation, run.machine), validation.labels)
-        run.save(validation=right)
-    run.finish()
-    return run
-
-
-def predict(model: Fusion, split: Captioned, machine: vit.Machine) -> Tensor:
-    """Class logits [n, K], float32, of a split's images as static videos."""
-    model.eval()
-    logits = []
-    for index in torch.arange(len(split.images), device=machine.device).split(machine.eval_batch):
-        with torch.no_grad(), machine.autocast():
-            logits.append(model(split.images[index].float() / 255, *split.text(index)).float())
-    return torch.cat(logits)
+    both = vit.fit_linear(inputs(logits, named), labels, 1e-4, classes)
+    alone = vit.fit_linear(logits.log_softmax(dim=1), labels, 1e-4, classes)
+    found = both(inputs(logits2, named2)), alone(logits2.log_softmax(dim=1))
+    return [vit.accuracy(answers, labels2) for answers in found]
 
 
 @torch.no_grad()
-def for_figures(model: Fusion, split: Captioned, logits: Tensor, embedded: dict, tokens: bool) -> dict:
-    """The answers to all images [n]; of the first two of each class the captions, and with `tokens` the
-    attention to their words."""
-    shown = torch.cat([(split.labels == k).nonzero()[:2, 0] for k in split.labels.unique()])  # [m]
-    known, images = list(embedded), split.images[shown]
-    captions = [known[i] for i in split.which[shown].tolist()]
-    arrays = {"guess": logits.argmax(1), "labels": split.labels}
-    arrays |= {"shown": shown, "images": images, "captions": captions}
-    if tokens and model.sees_text:
+def for_pictures(model, images, labels, which, logits, table, states, is_word) -> dict[str, np.ndarray]:
+    """The answers to all images [n]; of the first two of each class the captions, and the attention to their
+    words [m, L]."""
+    shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # [m]
+    numbers = which[shown]  # [m]
+    arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown]}
+    arrays = {key: x.cpu().numpy() for key, x in arrays.items()}
+    arrays["captions"] = np.array([table["captions"][i] for i in numbers.tolist()])
+    arrays["words"] = np.array([table["words"][i] for i in numbers.tolist()])
+    if model.sees_text:
         trace = []
-        model(images.float() / 255, *split.text(shown), trace)
-        weights = trace[0].mean(dim=1)[:, 0]  # [m, H, 1, L] -> [m, L], the mean of the heads
-        arrays |= {"weights": weights, "words": [embedded[caption][0] for caption in captions]}
+        model(images[shown].float() / 255, states[numbers].float(), is_word[numbers], trace)
+        arrays["weights"] = trace[0].mean(dim=1)[:, 0].cpu().numpy()  # [m, H, 1, L] -> [m, L]
     return arrays
 
 
 def main() -> None:
-    raw, common = argparse.RawDescriptionHelpFormatter, vit.common_arguments()
+    raw, common = argparse.RawDescriptionHelpFormatter, vit.common_options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
 
-    # 4e-3 is what the other stages have: in a trial of 116 steps 8e-3 was 3.7 points better; for longer
-    # training it was not tried (results/tuning.md). 15 epochs: not tuned
-    training = vit.training_arguments(epochs=15, muon=4e-3, adamw=1e-3, batch=128)
+    # the learning rate is the other stages'; 15 epochs: not tuned
+    training = vit.training_options(epochs=15, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
-    add("--checkpoint", metavar="FILE", required=True, help="BLIP's image tower starts from this encoder")
+    add("--checkpoint", type=vit.path, required=True, help="BLIP's image tower starts from this encoder")
     # more folds: more images for each BLIP, but one training more each
     add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
-    add("--enlarge", type=vit.count, default=48, help="pixels to enlarge images to (default: %(default)s)")
-    add("--frozen", type=int, help="blocks of the image tower that are not trained (default: none)")
+    add("--enlarge", type=int, default=48, help="pixels to enlarge images to (default: %(default)s)")
+    add(
+        "--frozen", type=int, default=0, help="blocks of the image tower that are not trained (default: none)"
+    )
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common], help="caption every image")
@@ -835,36 +749,28 @@ def main() -> None:
     add("--captioner", choices=["blip", "tiny"], required=True, help="the real one, or the one trained here")
     blip = "Salesforce/blip-image-captioning-base"
     add("--blip", default=blip, help="model id or folder (default: %(default)s)")
-    add("--revision", help="of that model id: a branch, tag or commit (default: the newest)")
-    add("--seen", action="store_true", help="tiny: use models that have seen the training images' labels")
-    add("--batch", type=vit.count, default=50, help="images at a time (default: %(default)s)")
+    add("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(run=caption)
 
     p = stages.add_parser("embed", parents=[common], help="embed the distinct captions of a file")
     add = p.add_argument
-    add("--captions", metavar="FILE", required=True, help="caption file, from here or from another machine")
-    add("--clip", help='architecture or "local-dir:FOLDER" (default: ViT-B-32; for tiny the small one)')
-    weights = "laion2b_s34b_b79k"
-    add("--clip-weights", default=weights, help="tag or file of its weights (default: %(default)s)")
+    add("--captions", type=vit.path, required=True, help="caption file, from here or from another machine")
+    add("--clip", help='architecture, or "tiny" (default: ViT-B-32; for tiny captions tiny)')
     p.set_defaults(run=embed)
 
     # peak learning rates: within a point of the best tried (results/tuning.md); 25 epochs: not tuned
-    training = vit.training_arguments(epochs=25, muon=1e-3, adamw=5e-4, batch=128)
+    training = vit.training_options(epochs=25, muon=1e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("fuse", parents=[common, training], help="train on images with captions")
     add = p.add_argument
-    add("--captions", metavar="FILE", required=True, help="caption file, embedded before")
-    add("--blocks", type=int, default=2, help="start from OUT/video_encoder_BLOCKS.pt (default: %(default)s)")
-    add("--checkpoint", metavar="FILE", help="or start from the video model in this checkpoint")
+    add("--captions", type=vit.path, required=True, help="caption file, embedded before")
+    add("--checkpoint", type=vit.path, help="start from this video model (default: OUT/video_2.pt)")
     add("--text", choices=["pooled", "tokens"], default="pooled", help="one vector a caption, or one a word")
     controls = ["none", "image_only", "text_only", "shuffled"]
     add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
-    # CutMix is meant for long training. Smoothing: 0.1 is Szegedy et al.'s (2016), so that logits need not
-    # grow for ever
-    add("--cutmix", type=vit.fraction, default=0.0, help="share of batches mixed by CutMix (default: none)")
-    add("--smoothing", type=vit.fraction, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
-    vit.command(parser, data.source)
+    vit.command(parser)
 
 
 if __name__ == "__main__":

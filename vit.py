@@ -4,39 +4,33 @@ Part 1, the network (read this first):   Attention -> Block -> ViT -> ModelM, Co
 Part 2, the optimiser:                   Muon, which learns faster than AdamW here; the schedule
 Part 3, the plumbing (may be skipped):   device and precision, files, checkpoints, Run, the command line
 
-Depends on torch alone: copy this file and use `ViT` in your own code.
+Depends on torch alone (a training Run also on tqdm): copy this file and use `ViT` in your own code.
 
     python vit.py                  # prints the network, layer by layer
 
 Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm), Jordan
 et al. 2024 (Muon; kellerjordan.github.io/posts/muon), Liu et al. 2025 (its step's length; arXiv 2502.16982).
 Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes, P
-patch size in pixels, S image size in pixels.
+patch size in pixels, S image size in pixels, C channels (3; in video.py: clips).
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import pathlib
-import platform
 import re
 import shlex
-import shutil
 import sys
 import time
-import warnings
-from importlib import metadata
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------- Part 1: the network
@@ -113,24 +107,22 @@ class ViT(nn.Module):
 
     The image is cut into N = (S / P)^2 patches; each becomes one token by a linear map; a learned CLS token
     is put in front, where it collects what describes the whole image; learned positions are added, since
-    attention by itself doesn't know where a token came from. `stem` replaces the linear map by a ConvStem.
+    attention by itself doesn't know where a token came from.
 
     The default is as large as a laptop trains in minutes: 16 patches (the report's), 17 tokens, width 128, 6
-    blocks, 4 heads of 32 dimensions, 1.2 M parameters. Width 192 was tried and brings little; small patches
-    bring much, at four times the cost (results/report.md, "Is the 8x8 patch the limit?").
+    blocks, 4 heads of 32 dimensions, 1.2 M parameters. Width 192 was tried and brings little; smaller patches
+    bring much, at four times the cost (README.md, exercise 3).
     """
 
-    def __init__(self, image_size=32, patch_size=8, dim=128, depth=6, heads=4, stem=False):
+    def __init__(self, image_size=32, patch_size=8, dim=128, depth=6, heads=4, channels=3):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a whole number of {patch_size}-pixel patches")
         self.config = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
-        self.config |= {"heads": heads, "stem": stem}
+        self.config |= {"heads": heads, "channels": channels}
         self.patches = (image_size // patch_size) ** 2
-        if stem:
-            self.patch_embedding = ConvStem(patch_size, dim)
-        else:  # a convolution whose stride is its kernel size = the same linear map applied to every patch
-            self.patch_embedding = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        # a convolution whose stride is its kernel size = the same linear map applied to every patch
+        self.patch_embedding = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + self.patches, dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
@@ -140,48 +132,24 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def embed(self, images: Tensor) -> Tensor:
-        """What the first block reads: images [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first.
+        """What the first block reads: images [B, C, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first.
 
         Raises ValueError for images of another size than the encoder was made for.
         """
-        size = self.config["image_size"]
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images {list(images.shape)} are not [B, 3, {size}, {size}]")
+        size, channels = self.config["image_size"], self.config["channels"]
+        if images.shape[1:] != (channels, size, size):
+            raise ValueError(f"images {list(images.shape)} are not [B, {channels}, {size}, {size}]")
         x = self.patch_embedding(standardise(images))  # [B, D, S/P, S/P]
         x = x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
         cls = self.cls.expand(len(x), -1, -1)  # [B, 1, D]
         return torch.cat([cls, x], dim=1) + self.positions  # [B, 1 + N, D]
 
     def forward(self, images: Tensor, trace: list | None = None) -> Tensor:
-        """images: [B, 3, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
+        """images: [B, C, S, S] in [0, 1] -> tokens [B, 1 + N, D]; token 0 is CLS. `trace`: see Block."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x, trace)
         return self.norm(x)
-
-
-class ConvStem(nn.Module):
-    """A patch embedding that looks for edges first: 3x3 convolution, GELU, then a patch's linear map.
-
-    Xiao et al. 2021 ("Early convolutions help transformers see better") let neighbouring patches mix here;
-    here each is padded and convolved by itself, so that nothing of a blacked-out one can be seen next door.
-    From scratch it brought nothing (results/report.md, "Is the 8x8 patch the limit?"). The 32 channels were
-    not tuned.
-    """
-
-    def __init__(self, patch: int, dim: int, width: int = 32):
-        super().__init__()
-        self.patch = patch
-        edges = nn.Conv2d(3, width, 3, padding=1)
-        self.layers = nn.Sequential(edges, nn.GELU(), nn.Conv2d(width, dim, patch))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, S, S] -> [B, D, S/P, S/P]."""
-        B, P, side = len(images), self.patch, images.shape[-1] // self.patch
-        x = images.view(B, 3, side, P, side, P)  # [B, 3, row, P, column, P]
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, P, P)  # [B*N, 3, P, P]
-        x = self.layers(x)  # [B*N, D, 1, 1]
-        return x.view(B, side, side, -1).permute(0, 3, 1, 2)  # [B, D, S/P, S/P]
 
 
 def standardise(images: Tensor) -> Tensor:
@@ -198,7 +166,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 class ModelM(nn.Module):
-    """Model M: an encoder with heads that need no labels.
+    """Model M: an encoder with two heads that need no labels.
 
     Some patches were blacked out, some others all turned by one angle (data.patch_augment). The rotation head
     reads the angle from CLS; the reconstruction head paints each blacked-out patch from that patch's token.
@@ -206,57 +174,37 @@ class ModelM(nn.Module):
 
     def __init__(self, encoder: ViT):
         super().__init__()
-        dim, patch = encoder.config["dim"], encoder.config["patch_size"]
+        dim, patch, channels = (encoder.config[key] for key in ("dim", "patch_size", "channels"))
         self.encoder = encoder
         self.rotation_head = nn.Linear(dim, 4)  # 0, 90, 180, 270 degrees
-        self.reconstruction_head = nn.Linear(dim, 3 * patch * patch)
+        self.reconstruction_head = nn.Linear(dim, channels * patch * patch)
 
-    def forward(self, images: Tensor, masked: Tensor):
-        """images [B, 3, S, S], masked patches' indices [B, M] -> angle logits [B, 4], standardised pixels
-        [B, M, 3*P*P]."""
-        return self.heads(self.encoder(images), masked)
-
-    def heads(self, tokens: Tensor, masked: Tensor):
-        """What the heads make of tokens [B, 1 + N, D]; as forward."""
+    def forward(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, C, S, S], indices of the masked patches [B, M] -> angle logits [B, 4], standardised
+        pixels [B, M, C*P*P]."""
+        tokens = self.encoder(images)  # [B, 1 + N, D]
         cls, patches = tokens[:, 0], tokens[:, 1:]  # [B, D], [B, N, D]
         index = masked[:, :, None].expand(-1, -1, patches.shape[-1])  # [B, M, D]
         return self.rotation_head(cls), self.reconstruction_head(patches.gather(1, index))
 
 
-def projector(dim: int) -> nn.Module:
-    """The MLP between CLS and a contrastive loss, thrown away afterwards: [B, D] -> [B, 128].
+class Contrastive(nn.Module):
+    """InfoNCE's model: an encoder, and a projector between its CLS token and the loss.
 
     The loss asks that views of an image look alike, so whatever tells them apart (colour, place) is to be
-    forgotten. The projector forgets it, so that the encoder need not (SimCLR, section 4.2, which also finds
-    that the number of outputs hardly matters; 512 inside is the width of our MLPs at D = 128).
+    forgotten. The projector, an MLP that is thrown away afterwards, forgets it, so that the encoder need not
+    (SimCLR, section 4.2, which also finds that the number of outputs hardly matters; 512 inside is the width
+    of our MLPs at D = 128).
     """
-    return nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 128))
-
-
-class Contrastive(nn.Module):
-    """InfoNCE's model: an encoder, and the projector on its CLS token."""
 
     def __init__(self, encoder: ViT):
         super().__init__()
         self.encoder = encoder
-        self.projector = projector(encoder.config["dim"])
+        self.projector = nn.Sequential(nn.Linear(encoder.config["dim"], 512), nn.ReLU(), nn.Linear(512, 128))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, S, S] -> [B, 128]."""
+        """images: [B, C, S, S] -> [B, 128]."""
         return self.projector(self.encoder(images)[:, 0])
-
-
-class JointM(ModelM):
-    """Model M with InfoNCE's projector beside its two heads."""
-
-    def __init__(self, encoder: ViT):
-        super().__init__(encoder)
-        self.projector = projector(encoder.config["dim"])
-
-    def forward(self, images: Tensor, masked: Tensor):
-        """As Model M's -> angle logits [B, 4], pixels [B, M, 3*P*P], projected CLS [B, 128]."""
-        tokens = self.encoder(images)
-        return *self.heads(tokens, masked), self.projector(tokens[:, 0])
 
 
 class Classifier(nn.Module):
@@ -268,7 +216,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.config["dim"], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [B, 3, S, S] -> class logits [B, K]."""
+        """images: [B, C, S, S] -> class logits [B, K]."""
         return self.head(self.encoder(images)[:, 0])
 
 
@@ -297,13 +245,13 @@ class Classifier(nn.Module):
 # and a p that drives every s in (0, 1] towards 1 will do; it costs three matrix products a time. The textbook
 # one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) = 1.9 s for small s). Jordan's
 # coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002; the
-# price is that they end between 0.7 and 1.2 instead of at 1. Three or four times leave the small ones small:
-# three cost 3.5 points in a trial; four 0.8, which one seed can't tell from nothing (results/tuning.md).
+# price is that they end between 0.7 and 1.2 instead of at 1. With three or four times the small ones stay
+# small: three cost 3.5 points in a trial (results/tuning.md).
 #
 # Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
 # and positions (tables of vectors), and the heads, each of whose outputs has a meaning of its own. Jordan et
 # al. leave the input layer to AdamW, too. Ours, the patch embedding, is a map from pixels like any other, and
-# by Muon it brought 3.5 points more (results/tuning.md). The projector, thrown away later, counts as a head.
+# by Muon it brought 3.5 points more. The projector, thrown away later, counts as a head.
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -322,8 +270,8 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x
 
 
-class Muon(torch.optim.Optimizer):
-    """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024), for weight matrices inside a network.
+class Muon(torch.optim.AdamW):
+    """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024), for the matrices inside a network:
 
         M <- momentum M + (1 - momentum) gradient
         W <- W - lr decay W - lr 0.2 sqrt(max(rows, columns)) U V^T
@@ -334,81 +282,48 @@ class Muon(torch.optim.Optimizer):
     All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about 1 /
     sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is about the root mean square of
     an AdamW step's entries (Liu et al. 2025, section 2.2). So the two can share a learning rate and a decay.
-    That the best one is two to eight times AdamW's own was found by trying (results/tuning.md); another one
-    for the part that AdamW keeps was not tried.
 
-    A parameter [rows, ...] counts as one matrix: a convolution that embeds patches, [D, 3, P, P], as
-    [D, 3*P*P]. `parts`, a key of a parameter group, says that its weights are so many matrices on top of each
-    other (a qkv: 3): each is a map of its own, and orthogonalised as one. `precision`: of the iterations.
+    Parameter groups with the key `parts` are stepped by Muon, all others by AdamW. A parameter [rows, ...]
+    counts as one matrix: a convolution that embeds patches, [D, C, P, P], as [D, C*P*P]. `parts` says that a
+    group's weights are so many matrices on top of each other (a qkv: 3), each a map of its own. `precision`:
+    of the iterations.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, precision=torch.float32, parts=1):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"precision": precision, "parts": parts})
+    def __init__(self, groups, lr, momentum=0.95, precision=torch.float32, **adamw):
+        super().__init__(groups, lr, **adamw)
+        self.momentum, self.precision = momentum, precision
 
-    @torch.no_grad()
     def step(self):
         """Move every weight that has a gradient."""
-        alike = {}  # shape, scale, precision -> (weight, direction) of all matrices that have these
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            means, gradients = [self.state[p]["momentum"] for p in weights], [p.grad for p in weights]
-            # _foreach_: on a GPU one launch for the whole list
-            torch._foreach_lerp_(means, gradients, 1 - momentum)
-            ahead = torch._foreach_lerp(gradients, means, momentum)
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            for weight, direction in zip(weights, ahead):
-                w_parts = weight.view(len(weight), -1).chunk(group["parts"])  # [rows, columns] each
-                d_parts = direction.view(len(weight), -1).chunk(group["parts"])
-                for w, d in zip(w_parts, d_parts):
-                    scale = lr * 0.2 * max(w.shape) ** 0.5
+        every = self.param_groups
+        self.step_matrices([group for group in every if "parts" in group])
+        self.param_groups = [group for group in every if "parts" not in group]
+        super().step()
+        self.param_groups = every
+
+    @torch.no_grad()
+    def step_matrices(self, groups: list[dict]) -> None:
+        """Muon's part of a step. Matrices of one shape are iterated together: few large products instead of
+        many small ones."""
+        alike = {}  # shape, scale -> (weight, direction) of all matrices that have these
+        for group in groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if not self.state[p]:  # under AdamW's names, as AdamW loads them again from a checkpoint
+                    self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
+                mean = self.state[p]["exp_avg"].lerp_(p.grad, 1 - self.momentum)
+                ahead = p.grad.lerp(mean, self.momentum)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                matrices = [x.view(len(p), -1).chunk(group["parts"]) for x in (p, ahead)]
+                for w, d in zip(*matrices):  # [rows, columns] each
+                    scale = group["lr"] * 0.2 * max(w.shape) ** 0.5
                     if len(w) > w.shape[1]:
                         w, d = w.T, d.T  # lay it down; w is still a view of the weight
-                    alike.setdefault((d.shape, scale, group["precision"]), []).append((w, d))
-        # matrices of one shape are iterated together: few large products instead of many small ones
-        for (_, scale, precision), pairs in alike.items():
+                    alike.setdefault((d.shape, scale), []).append((w, d))
+        for (_, scale), pairs in alike.items():
             weights, directions = zip(*pairs)
-            steps = orthogonalise(torch.stack(directions).to(precision)).float()  # [n, rows, columns]
-            torch._foreach_add_(weights, steps.unbind(), alpha=-scale)
-
-
-class Together(torch.optim.Optimizer):
-    """Several optimisers that are used as one: by a loop, a schedule and a checkpoint. (It inherits from
-    Optimizer because PyTorch's schedules take nothing else. Optimizer's own __init__ is not called, as it
-    asks for parameters, and this has none of its own.)"""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict]:
-        """The groups of all: who changes a learning rate here changes it there."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def step(self):
-        """A step of each."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True):
-        """Forget the gradients of all."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict:
-        """As of any optimiser, to be loaded again by load_state_dict."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict returned."""
-        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+            steps = orthogonalise(torch.stack(directions).to(self.precision)).float()  # [n, rows, columns]
+            for w, step in zip(weights, steps):
+                w.sub_(step, alpha=scale)
 
 
 # the weights inside a network, by where they are: in our networks' blocks, and in those of transformers' BLIP
@@ -422,15 +337,13 @@ TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|tok
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, precision: str = "float32"):
     """A model's optimiser: "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all).
-    `precision`: "float32" or "bfloat16", of Muon's iterations. To use another, write it in place of the call,
-    `torch.optim.SGD(model.parameters(), lr)`: schedule, checkpoint and resume take any, and groups of
-    parameters with learning rates of their own, too.
+    `precision`: "float32" or "bfloat16", of Muon's iterations. Another, say `torch.optim.SGD(
+    model.parameters(), lr)`, can stand in place of the call: schedule, checkpoint and resume take any.
 
     Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
     and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
     0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need. Neither
-    was tuned. Raises ValueError for "muon" where no weight is inside by its name: AdamW alone needs another
-    learning rate.
+    was tuned. Raises ValueError for "muon" where no weight is inside by its name.
     """
     inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
     for name, p in model.named_parameters():
@@ -441,193 +354,140 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
             inside.setdefault(parts, []).append(p)
         else:
             matrices.append(p)
-    decayed = {"params": matrices, "weight_decay": weight_decay}
-    adamw = torch.optim.AdamW([decayed, {"params": others, "weight_decay": 0.0}], lr, (0.9, 0.99), fused=True)
-    if kind == "adamw":
-        return adamw
-    if not inside:
+    if kind == "muon" and not inside:
         raise ValueError("no weight's name says that Muon is for it; extend vit.INSIDE, or choose adamw")
-    by_muon, by_adamw = sum(map(len, inside.values())), len(matrices) + len(others)
-    print(f"optimiser: Muon for {by_muon} weights (see vit.INSIDE), AdamW for {by_adamw} others")
-    groups = [{"params": weights, "parts": parts} for parts, weights in inside.items()]
-    muon = Muon(groups, lr, weight_decay=weight_decay, precision=getattr(torch, precision))
-    return Together(muon, adamw)
+    groups = [{"params": weights, "parts": n, "weight_decay": weight_decay} for n, weights in inside.items()]
+    groups += [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+    return Muon(groups, lr, precision=getattr(torch, precision), betas=(0.9, 0.99), fused=True)
 
 
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """The share of the peak learning rate in this step, counted from 0, of `total`: a linear rise over the
-    first share `warmup` of them, then half a cosine down to zero (SGDR, Loshchilov and Hutter 2017).
+def triangle(step: int, total: int, warmup: float) -> float:
+    """The share of the peak learning rate in this step, counted from 0, of `total`: a line up over the first
+    share `warmup` of them, then a line down to zero (Defazio et al. 2023, arXiv 2310.07831).
 
-    The rise is there as a mean over few gradients is no mean yet. (As pre-norm needs no long one, its length
-    hardly matters: 0.02 to 0.3 of the steps were level, results/tuning.md.) The fall is there as a network
-    that takes full steps to the end is still being thrown about when it is stopped.
+    Up, as a mean over few gradients is no mean yet (as pre-norm needs no long rise, its length hardly
+    matters); down, as a network that takes full steps to the end is still being thrown about when it is
+    stopped. Half a cosine down is a point or two worse in short trainings (results/tuning.md).
     """
-    rise = min(warmup * total, total - 1)  # at most, so that total - rise, a divisor below, is not zero
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+    rise = warmup * total
+    up, down = (step + 1) / (rise + 1), (total - step) / max(1, total - rise)
+    return max(0.0, min(up, down))
+
+
+def fit_linear(x: Tensor, y: Tensor, decay: float, classes: int = 10) -> nn.Linear:
+    """Multinomial logistic regression of labels y [n] on features x [n, D].
+
+    The problem is convex, so L-BFGS on all images at once heads for the one answer, from wherever it starts
+    (zero), and with no learning rate to choose. It stops after 100 iterations.
+    """
+    layer = nn.Linear(x.shape[1], classes, device=x.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        """The loss, and its gradient: L-BFGS asks for them wherever its line search looks."""
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return layer
 
 
 # ---------------------------------------------------------------- Part 3: the plumbing
-# Nothing below is about transformers, and none of it is needed to understand a training loop. What a loop
-# calls: set_up (where to compute), Run (progress, checkpoint, resume), record (a row of results.json).
-#
-# Several processes, one per GPU, under PyTorch's launcher torchrun: each draws the same random numbers and
-# augments the whole batch (cheap beside the network); then it trains on its `share`, `data_parallel` averages
-# the gradients, and InfoNCE, whose negatives are all other images, needs `gather`. A single process gets back
-# what it gave them.
+# Nothing below is about transformers, and none of it is needed to understand a training loop. Several
+# processes, one per GPU, under PyTorch's launcher torchrun: data.py hands each its part of every batch,
+# `average_gradients` makes one gradient of theirs, and InfoNCE, whose negatives are all other images, needs
+# `gather`. Only process 0 prints and writes.
 
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0  # only process 0 prints and writes
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # some clusters set the other two for any process
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
 PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 
-def data_parallel(model: nn.Module, some_idle: bool = False) -> nn.Module:
-    """The model; its backward averages all processes' gradients. some_idle: not every step uses all of it."""
-    if PROCESSES == 1:
-        return model
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # harmless: CLS is expanded, not copied
-    gpu = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=gpu, find_unused_parameters=some_idle)
+def set_up(args: argparse.Namespace):
+    """Choose device and precision where they are "auto", and write them into args; seed what draws initial
+    weights -> the device, and a context in which matmuls run in that precision (weights and residual stream
+    stay float32). SystemExit where the device can't be used.
+
+    bfloat16 is 2 to 3 times faster on CPUs that compute in it, and up to 30 times slower on all others. On a
+    GPU it is not the arithmetic of so small a network that takes time, but the launching of kernels.
+    """
+    if args.device == "auto":
+        there = torch.accelerator.is_available()
+        args.device = torch.accelerator.current_accelerator().type if there else "cpu"
+    where = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and PROCESSES > 1 else args.device
+    try:
+        device = (torch.zeros(1, device=where) + 1).device  # + 1: a GPU too old fails at its first kernel
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"the device {where!r} can't be used ({str(error).splitlines()[0]}); try --device cpu")
+    if PROCESSES > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.precision == "auto":
+        cpuinfo = pathlib.Path("/proc/cpuinfo")  # Linux's
+        flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+        args.precision = "bfloat16" if re.search("amx_bf16|avx512_bf16", flags) else "float32"
+    torch.manual_seed(args.seed)  # what is drawn in training comes from the run's own generator
+    print(f"{args.device}, {args.precision}, torch {torch.__version__}, seed {args.seed}", flush=True)
+    if args.precision == "float32":
+        return device, contextlib.nullcontext()  # not every device knows autocast, even disabled
+    return device, torch.autocast(device.type, torch.bfloat16)
 
 
-def share(x: Tensor) -> Tensor:
-    """This process's rows of a batch x [B, ...]."""
-    if len(x) % PROCESSES:
-        why = f"{len(x)} can't be shared out evenly among {PROCESSES} processes"
-        sys.exit(f"{why}; choose another --batch (video.py: --clips)")
-    return x.chunk(PROCESSES)[RANK]
+def average_gradients(model: nn.Module) -> None:
+    """Give every process of torchrun the mean of all processes' gradients."""
+    if PROCESSES > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = nn.utils.parameters_to_vector(gradients)  # one message instead of a hundred
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / PROCESSES, gradients)
 
 
 def gather(x: Tensor) -> Tensor:
-    """The inverse of `share`: the parts of all processes, joined; a process's gradient reaches its own part.
-
-    A softmax over some of the scores is no part of the softmax over all, so every process computes the whole
-    batch's loss, and from it the gradient of its part alone. The whole gradient is the sum of these;
-    `data_parallel` takes their mean; so each is multiplied by their number.
-    """
+    """The parts x [B, ...] of all processes, joined. Each process computes the loss of all of them; the
+    gradient that its own part gets is the sum of what all processes make of it."""
     if PROCESSES == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(PROCESSES)]
-    dist.all_gather(parts, x.detach().contiguous())
-    x.register_hook(lambda gradient: gradient * PROCESSES)
-    parts[RANK] = x  # the others' are constants here
-    return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
 
 
-# ---------------------------------------------------------------- device and precision
+@torch.no_grad()
+def evaluate(model: nn.Module, autocast, function, *inputs: Tensor) -> Tensor:
+    """function(a batch of each input), where nothing is learned: inputs [n, ...] -> [n, ...], float32."""
+    model.eval()
+    found = []
+    for batch in zip(*(x.split(250) for x in inputs)):  # few fit a CPU's cache
+        with autocast:
+            found.append(function(*batch).float())
+    return torch.cat(found)
 
 
-class Machine(NamedTuple):
-    """What `set_up` found: where a run computes, and in which precision."""
-
-    device: torch.device
-    precision: str  # "float32" or "bfloat16"
-    name: str  # in words, for results.json
-    seed: int
-
-    def autocast(self):
-        """Context in which matmuls run in the chosen precision; weights and residual stream stay float32."""
-        if self.precision == "float32":
-            return contextlib.nullcontext()  # not every device knows autocast, even disabled
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-    @property
-    def eval_batch(self) -> int:
-        """Images at a time where nothing is learned: few fit a CPU's cache."""
-        return 125 if self.device.type == "cpu" else 1000
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
+    return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
-def set_up(device: str = "auto", precision: str = "auto", seed: int = 0) -> Machine:
-    """Choose device and precision where they are "auto", join the other processes (under torchrun), seed what
-    draws initial weights, and say all this. SystemExit where the device can't be used."""
-    where = find_device(device)
-    if PROCESSES > 1 and not dist.is_initialized():
-        if where.type == "cuda":
-            torch.cuda.set_device(where)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    chosen = [precision, "as asked"]
-    if precision == "auto":
-        chosen = [*faster_precision(where)]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(chosen)  # all take what process 0 found
-    precision, why = chosen
-    torch.manual_seed(seed)  # what is drawn in training comes from the run's own generator
-    chip = torch.cuda.get_device_name(where) if where.type == "cuda" else processor_name()
-    name = f"{where.type} ({chip}, {torch.get_num_threads()} CPU threads)"
-    print(f"{name}, {precision} ({why}); torch {torch.__version__}, seed {seed}", flush=True)
-    return Machine(where, precision, name, seed)
-
-
-def find_device(asked: str) -> torch.device:
-    """The device that was asked for, or with "auto" the first that works; SystemExit where none does."""
-    names = [asked]
-    if asked == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        names = [name for name in there if there[name]]
-        if PROCESSES > 1:  # all must choose the same, so none tries another
-            names = ["cuda" if there["cuda"] else "cpu"]
-    for name in names:
-        if name == "cuda" and PROCESSES > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU a process
-        try:
-            return (torch.zeros(1, device=name) + 1).device  # + 1: a GPU too old fails at its first kernel
-        except (RuntimeError, AssertionError) as error:
-            why = f"the device {name!r} can't be used here ({str(error).splitlines()[0]})"
-            if name != names[-1]:
-                print(f"{why}; going on without", flush=True)
-    sys.exit(f"{why}; try --device cpu, or fewer processes")
-
-
-def faster_precision(device: torch.device) -> tuple[str, str]:
-    """The precision in which this device trains our networks faster, "float32" or "bfloat16", and why.
-
-    Some CPUs compute in bfloat16, 2 to 3 times faster; all others only convert to it and back, 3 to 30 times
-    slower. So little work tells them apart: the best of three products in each, in one thread's own time,
-    which stays the same however busy the machine is. On a GPU not the arithmetic of so small a network takes
-    the time but the launching of its kernels, and autocast adds some (an H100, width 128, batch 128, InfoNCE:
-    6,900 images/s in float32, 5,200 in bfloat16). For a much wider network try --precision bfloat16 there.
-    """
-    if device.type != "cpu":
-        return "float32", "which asks for fewer kernels than bfloat16"
-    threads = torch.get_num_threads()
-    seconds = {"float32": math.inf, "bfloat16": math.inf}
-    torch.set_num_threads(1)
-    try:
-        matrix = torch.ones(384, 384)  # not drawn: a seed's numbers are the experiment's
-        for precision in ["float32", "bfloat16"] * 3:
-            start = time.thread_time()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                matrix @ matrix
-            seconds[precision] = min(seconds[precision], time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    faster, slower = sorted(seconds, key=seconds.get)
-    return faster, f"{seconds[slower] / seconds[faster]:.1f} times as fast as {slower} here"
-
-
-def processor_name() -> str:
-    """The processor as Linux names it, else as Python does."""
-    path = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-# ---------------------------------------------------------------- files and checkpoints
-# A file that is half written, by a kill or a full disk, would be taken for a whole one by the next command.
-# So nothing is ever written in place.
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write all of `content` or nothing: readers see the old file until the new one is complete, on disk."""
+@contextlib.contextmanager
+def whole_file(path: str | pathlib.Path):
+    """`with whole_file(path) as file:` writes all of a file or nothing. One that is half written, by a kill
+    or a full disk, would be taken for a whole one by the next command."""
+    buffer, path = io.BytesIO(), pathlib.Path(path)
+    yield buffer
     if RANK > 0:
         return
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(content)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -636,524 +496,244 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
         sys.exit(f"can't write {path}: {error.strerror}; make room or choose another --out, then try again")
 
 
-def write_tensors(path: pathlib.Path, state: dict) -> None:
-    """torch.save, all or nothing."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def write_arrays(path: pathlib.Path, **arrays) -> None:
-    """Keep arrays (tensors, numbers or strings) as .npz, all or nothing."""
-    import numpy
-
-    buffer = io.BytesIO()
-    on_cpu = {key: x.cpu() if torch.is_tensor(x) else x for key, x in arrays.items()}
-    numpy.savez_compressed(buffer, **on_cpu)
-    write_file(path, buffer.getvalue())
-
-
-def hash_of(*pieces: bytes) -> str:
+def hash_of(*pieces: bytes | Tensor) -> str:
     """A short hash, to tell whether two contents are the same."""
+    pieces = [x.cpu().numpy().tobytes() if torch.is_tensor(x) else x for x in pieces]
     return hashlib.sha256(b"".join(pieces)).hexdigest()[:12]
-
-
-def hash_of_files(*paths: str | pathlib.Path) -> str:
-    """A short hash of the files' contents ("" where there is none of them)."""
-    files = [pathlib.Path(path) for path in paths if path and pathlib.Path(path).is_file()]
-    return hash_of(*(file.read_bytes() for file in files)) if files else ""
-
-
-def hash_of_weights(weights: dict[str, Tensor]) -> str:
-    """A short hash of named tensors: runs that end with the same weights have the same, wherever they ran."""
-    return hash_of(*(name.encode() + x.cpu().numpy().tobytes() for name, x in sorted(weights.items())))
-
-
-def hash_of_checkpoint(path: str | pathlib.Path) -> str:
-    """hash_of_weights of a checkpoint ("" for no path)."""
-    return hash_of_weights(read_checkpoint(path)["model"]) if path else ""
 
 
 def read_checkpoint(path: str | pathlib.Path) -> dict:
     """The contents of a checkpoint written by `Run`; SystemExit with one sentence where the file is none.
-
-    `weights_only` keeps a foreign file from running code: it admits only tensors and plain Python values.
-    """
+    `weights_only` keeps a foreign file from running code: it admits only tensors and plain Python values."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"there is no checkpoint {path}; a stage makes one, `python ssl.py pretrain` the first")
-    except Exception:  # torch.load raises many kinds of error on a file that isn't its own
-        state = None
-    if not isinstance(state, dict) or not {"config", "model", "epoch", "settings"} <= state.keys():
-        sys.exit(f"{path} can't be read as a checkpoint; it must be a .pt file that a stage here wrote")
-    return state
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | pathlib.Path) -> None:
-    """Give the model these weights, which come from `path`; SystemExit where they are of another network."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # its second line says what is missing, unexpected, or of another size
-        first = str(error).splitlines()[1].split(",")[0].strip()
-        why = f"{path} holds another network than the code makes now ({first})"
-        sys.exit(f"{why}; undo the edit, or train anew: --fresh, or another --name")
+        return {key: state[key] for key in ("model", "config", "epoch", "recipe")} | state
+    except Exception as error:  # torch.load raises many kinds on a file that isn't its own
+        why = "there is no" if isinstance(error, FileNotFoundError) else "damaged, or no"
+        sys.exit(f"{path}: {why} checkpoint; a stage makes one, `python ssl.py pretrain` the first")
 
 
 def load_encoder(path: str | pathlib.Path, size: int | None = None) -> ViT:
     """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*).
-    SystemExit where it is not for images of `size` pixels (None: any will do)."""
+    SystemExit where there is none, or not for images of `size` pixels (None: any will do)."""
     state = read_checkpoint(path)
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
-    encoder = ViT(**state["config"])
-    has = encoder.config["image_size"]
+    encoder, has = ViT(**state["config"]), state["config"]["image_size"]
     if size not in (None, has):
         sys.exit(f"the encoder in {path} reads images of {has}x{has} pixels, not {size}x{size}")
     own = [name for name in state["model"] if name.startswith(("encoder.", "video.encoder."))]
-    load_weights(encoder, {name.split("encoder.", 1)[1]: state["model"][name] for name in own}, path)
+    encoder.load_state_dict({name.split("encoder.", 1)[1]: state["model"][name] for name in own})
     return encoder
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- a training run
 
 
-def steps_of(number: int, batch: int) -> int:
-    """Steps of an epoch: whole batches of so many images; SystemExit where there is none."""
-    if number < batch:
-        sys.exit(f"{number} images are fewer than one step's {batch}; choose a smaller batch")
-    return number // batch
+def recipe_of(args: argparse.Namespace, images: Tensor, labels: Tensor, start: str | None = None) -> dict:
+    """What makes a run what it is: its options, less those that leave the weights alone; the training images
+    and the weights in the checkpoint `start`, by their contents, not by their names; and the code."""
+    left_out = "run out name split fresh keep_epochs data init checkpoint captions".split()
+    recipe = {key: value for key, value in vars(args).items() if key not in left_out}
+    weights = read_checkpoint(start)["model"].values() if start else ()
+    return recipe | {"images": hash_of(images, labels), "start": hash_of(*weights), "code": hash_of_code()}
 
 
-class Progress:
-    """A line that says how much of `total` is done, how fast it goes, and how long the rest will take."""
-
-    def __init__(self, unit: str, total: int):
-        self.unit, self.total, self.done = unit, total, 0
-        self.started = self.shown = time.perf_counter()
-
-    def advance(self, pieces: int) -> None:
-        """So many more are done."""
-        self.done += pieces
-        self.show(f"{self.done:,} of {self.total:,}", self.done == self.total)
-
-    def show(self, text: str, last: bool = False) -> None:
-        """Draw `text`, speed and time left over the line before; a log (no terminal) gets the last only."""
-        self.shown = time.perf_counter()
-        rate = self.done / (self.shown - self.started)
-        left = round((self.total - self.done) / rate)
-        line = f"{text}  {rate:.0f} {self.unit}/s  {left // 60}:{left % 60:02} left"
-        width = shutil.get_terminal_size().columns - 1
-        if sys.stdout.isatty():
-            print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
-        elif last:
-            print(line, flush=True)
+def hash_of_code() -> str:
+    """A short hash of all .py files of this folder that are in use."""
+    files = {pathlib.Path(getattr(m, "__file__", None) or "none").absolute() for m in [*sys.modules.values()]}
+    here = pathlib.Path(__file__).absolute().parent
+    return hash_of(*(file.read_bytes() for file in sorted(files) if file.parent == here and file.is_file()))
 
 
 class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again.
 
-        run = Run(...)                                 # goes on from out/NAME.pt where there is one
-        for epoch in range(run.epoch, run.epochs):     # none, where it is finished
+        run = Run(...)                                 # goes on from out/NAME.pt, where there is one
+        for _ in range(run.epoch, args.epochs):        # none, where it is finished
             for ... : ...; run.log(loss=loss)          # a step: what the loop does, and its numbers
-            run.save()                                 # the epoch's means; the checkpoint
-        run.finish()                                   # from here on the run counts as finished
+            run.save()                                 # an epoch: the numbers' means; the checkpoint
 
-    A checkpoint holds weights, optimiser, schedule, random generators and metrics. So a resumed run draws the
-    same numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. `settings` is
-    whatever makes it another run: where the checkpoint has others, it is not gone on with. `steps` are those
-    of an epoch, `images` those of a step.
-
-    What else must survive a stop (an EMA teacher, say) must be part of `model`, or no checkpoint holds it. To
-    stop early, decide from `run.history`, which a resumed run has, too, at the top of an epoch. Every
-    epoch's weights are kept with --keep-epochs, as NAME-epoch1.pt, ... Run notices edits of .py files only:
-    after editing a loop in a notebook's cell, choose another name, or fresh=True.
+    A resumed run draws the same numbers as one that was not interrupted; on a CPU its weights are the same
+    bit by bit. `recipe` says what makes it another run, which is not gone on with; `steps`: of an epoch. To
+    stop early, `break` at the top of an epoch by what `run.history` says, which a resumed run has, too.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        machine: Machine,
-        settings: dict,
-        epochs: int,
-        steps: int,
-        images: int,
-        out: str | pathlib.Path = "runs/mine",
-        fresh: bool = False,
-        keep_epochs: bool = False,
-    ):
-        self.name, self.model, self.optimizer, self.schedule = name, model, optimizer, schedule
-        self.machine, self.keep_epochs, self.finished = machine, keep_epochs, False
-        self.settings = settings | {"epochs": epochs, "seed": machine.seed}
-        self.epochs, self.images = epochs, images
-        self.path = pathlib.Path(out) / f"{name}.pt"
-        self.code = loaded_code()
-        self.generator = torch.Generator(machine.device).manual_seed(machine.seed)
-        self.history = {}  # metric -> its mean in each epoch
-        self.epoch, self.seconds = 0, 0.0  # finished ones; what they took
-        self.batches, self.sums = 0, {}  # of the epoch so far; metric -> its sum over them
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {size:,} parameters, {epochs} epochs of {steps} steps of {images} images")
-        if fresh and RANK == 0:  # else a stop in the first epoch would bring the old run back
-            for old in [self.path, *self.path.parent.glob(f"{name}-epoch*.pt")]:
-                old.unlink(missing_ok=True)
-        if self.path.exists() and not fresh:
+    def __init__(self, args, name: str, model: nn.Module, optimizer, schedule, steps: int, recipe: dict):
+        from tqdm import tqdm
+
+        self.args, self.name, self.model = args, name, model
+        self.optimizer, self.schedule, self.recipe = optimizer, schedule, recipe
+        self.path = pathlib.Path(args.out, f"{name}.pt")
+        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(args.seed)
+        self.epoch, self.seconds, self.history = 0, 0.0, {}  # of finished epochs; metric -> its means
+        if not steps:
+            sys.exit(f"{name}: the images are too few for one step; choose a smaller batch or more images")
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{name}: {size:,} trainable parameters, {args.epochs} epochs of {steps} steps", flush=True)
+        if args.fresh:  # now, else a stop in the first epoch would bring the old run back
+            self.path.unlink(missing_ok=True)
+        if self.path.exists():
             self.resume()
-        self.started = time.perf_counter()  # of the epoch
-        self.progress = Progress("images", (epochs - self.epoch) * steps * images)
+        left, silent = (args.epochs - self.epoch) * steps, RANK > 0 or not sys.stderr.isatty()
+        self.progress = tqdm(total=left, desc=name, unit="step", leave=False, disable=silent, mininterval=1)
+        self.sums, self.batches, self.started = {}, 0, time.perf_counter()  # of the epoch so far
 
     def resume(self) -> None:
         """Go on from the checkpoint of an earlier start of this run; SystemExit where it was another run."""
         state = read_checkpoint(self.path)
-        refuse_other_settings(self.path, state["settings"], self.settings)
-        edited = edited_since(state["code"])
-        load_weights(self.model, state["model"], self.path)
+        finished = state["epoch"] >= self.args.epochs
+        for key, before in state["recipe"].items():  # an option that the code has only now has its default
+            if (now := self.recipe.get(key, before)) == before:
+                continue
+            if not finished or key not in ("code", "device", "precision"):
+                other = f"{self.path} was made with another {key}: {before!r}, not {now!r}"
+                sys.exit(f"{other}; add --fresh to start over, or choose another --name")
+            print(f"{self.path} was made with another {key}: {before!r}; --fresh trains anew")
+        self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
-        self.machine = self.machine._replace(precision=state["precision"])  # another would be another run
-        if state["finished"]:
-            self.finished, self.epochs = True, self.epoch  # it may have been stopped early
-            note = f"; {edited} has been edited since: --fresh trains anew" if edited else ""
-            print(f"{self.name}: finished before, taken from {self.path}{note}")
-            return
-        if edited:  # half a run with the old loss and half with the new would be neither
-            why = f"{edited} has been edited since the first half of {self.path} was trained"
-            sys.exit(f"{why}; undo the edit, or add --fresh to start over")
-        # a random generator can't go on elsewhere
-        refuse_other_settings(self.path, state, {"device": self.machine.device.type})
+        if finished:
+            return print(f"{self.name}: finished before, taken from {self.path}", flush=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"])  # for who adds dropout
-        for name, p in self.model.named_parameters():  # what a loop that adds up gradients had not yet used
-            if name in state["gradients"]:
-                p.grad = state["gradients"][name].to(p.device)
-        print(f"{self.name}: going on after epoch {self.epoch} of {self.epochs} in {state['precision']}")
+        print(f"{self.name}: going on after epoch {self.epoch} of {self.args.epochs}", flush=True)
 
-    def log(self, **metrics: Tensor) -> None:
-        """Note a step's loss and other scalars; once a second show the epoch's means so far."""
+    def log(self, **metrics) -> None:
+        """Note a step's loss and other scalars."""
         for key, value in metrics.items():
             self.sums[key] = self.sums.get(key, 0) + torch.as_tensor(value).detach().float()
         self.batches += 1
-        self.progress.done += self.images
-        if time.perf_counter() - self.progress.shown > 1:  # at every batch it would make a GPU wait
-            self.show(self.means())
+        if self.progress.update():  # the bar is drawn once a second: reading numbers makes a GPU wait
+            self.progress.set_postfix(self.means(), refresh=False)
 
     def means(self) -> dict[str, float]:
         """Every metric's mean over the epoch's batches so far."""
         return {key: (total / self.batches).item() for key, total in self.sums.items()}
 
-    def show(self, metrics: dict[str, float], last: bool = False) -> None:
-        """The progress line, with these metrics."""
-        values = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
-        self.progress.show(f"{self.name} {self.epoch + 1}/{self.epochs}{values}", last)
-
-    def save(self, **extra: float) -> None:
-        """End an epoch: show and keep its means and `extra` metrics; write the checkpoint. Raises
-        FloatingPointError, and keeps the checkpoint of the epoch before, where the loss is not finite."""
-        metrics = self.means() | extra
-        if PROCESSES > 1:
-            everywhere = torch.tensor(list(metrics.values()), device=self.machine.device) / PROCESSES
-            dist.all_reduce(everywhere)
-            metrics = dict(zip(metrics, everywhere.tolist()))
-        self.show(metrics, last=True)
-        if not math.isfinite(metrics["loss"]):
-            why = f"{self.name}: the loss is not finite in epoch {self.epoch + 1}"
-            raise FloatingPointError(f"{why}; the last good epoch is kept; try a smaller --lr with --fresh")
+    def save(self, **metrics: float) -> None:
+        """End an epoch: keep and print its means and `metrics`; write the checkpoint. SystemExit, before
+        anything is written, where the weights are not finite."""
+        metrics = self.means() | {key: float(value) for key, value in metrics.items()}
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            why = f"{self.name}: the weights are not finite after epoch {self.epoch + 1}, which is not kept"
+            sys.exit(f"{why}; try a smaller --lr with --fresh")
         for key, value in metrics.items():
             self.history.setdefault(key, []).append(value)
-        now = time.perf_counter()
-        self.seconds += now - self.started
-        self.epoch, self.batches, self.sums, self.started = self.epoch + 1, 0, {}, now
-        if self.keep_epochs:
-            write_tensors(self.path.with_stem(f"{self.name}-epoch{self.epoch}"), self.state(finished=True))
-        write_tensors(self.path, self.state())
+        self.seconds += time.perf_counter() - self.started
+        self.epoch += 1
+        words = "".join(f"  {key} {value:.3f}" for key, value in metrics.items())
+        left = round(self.seconds / self.epoch * (self.args.epochs - self.epoch))
+        line = f"{self.name} {self.epoch}/{self.args.epochs}{words}  {left // 60}:{left % 60:02} left"
+        self.progress.clear()
+        print(line, flush=True)
 
-    def finish(self) -> None:
-        """Write the last checkpoint, without what only a resumed run needs: from now on it is finished."""
-        if self.finished:  # before: what the file says of code and device is still true
-            return
-        if self.batches:
-            sys.exit(f"{self.name}: stopped inside epoch {self.epoch + 1}; call save() before finish()")
-        share = self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0]
-        if self.epoch == self.epochs and share > 0.01:
-            end = f"{self.name}: the learning rate ended at {share:.0%} of its peak"
-            print(f"{end}; does the schedule count the same steps as schedule.step()?")
-        write_tensors(self.path, self.state(finished=True))
-
-    def state(self, finished: bool = False) -> dict:
-        """What a checkpoint holds."""
         encoder = getattr(self.model, "encoder", None)  # a model of another library has none
-        state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "settings", "code")}
-        state |= {"device": self.machine.device.type, "precision": self.machine.precision}
+        state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "recipe")}
         state |= {"model": self.model.state_dict(), "config": encoder.config if encoder else None}
-        state |= {"finished": finished}
-        if not finished:
-            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-            state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-            state |= {"generator": self.generator.get_state(), "random": torch.get_rng_state()}
-            state |= {"gradients": gradients}
-        return state
+        if self.args.keep_epochs:
+            with whole_file(self.path.with_suffix("") / f"epoch{self.epoch}.pt") as file:
+                torch.save(state, file)
+        state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        with whole_file(self.path) as file:
+            torch.save(state | {"generator": self.generator.get_state()}, file)
+        self.sums, self.batches, self.started = {}, 0, time.perf_counter()
 
-    def summary(self) -> dict:
-        """What a row of results.json says of its training."""
-        last = {key: self.history[key][-1] for key in ("train", "validation") if key in self.history}
-        last |= {"epochs": self.epoch, "seconds": self.seconds}
-        return last | {"weights": hash_of_weights(self.model.state_dict())}
-
-
-def settings_of(args: argparse.Namespace, encoder: ViT | None = None, **more) -> dict:
-    """What makes it another run: all options, typed or not, less those that leave the weights alone; the
-    encoder's sizes; and `more`. Files and images count by their contents, which the stage adds, not by their
-    names."""
-    harmless = ("run", "out", "name", "split", "device", "precision", "fresh", "keep_epochs")
-    by_content = ("data", "init", "checkpoint", "captions")
-    found = {key: value for key, value in vars(args).items() if key not in harmless + by_content}
-    if encoder:
-        config = encoder.config
-        found |= {"dim": config["dim"], "patch": config["patch_size"], "stem": config["stem"]}
-    return found | more
+    def row(self) -> dict:
+        """What a row of the table says of its training."""
+        last = {key: values[-1] for key, values in self.history.items()}
+        return {"epochs": self.epoch, "seconds": self.seconds, "training": last}
 
 
-def plan_of(args: argparse.Namespace, steps: int, images: int) -> dict:
-    """What Run has to know of the options: epochs; `steps` of an epoch, `images` of a step; where checkpoints
-    lie, which are kept, and whether to start over."""
-    length = {"epochs": args.epochs, "steps": steps, "images": images}
-    return length | {"out": args.out, "fresh": args.fresh, "keep_epochs": args.keep_epochs}
+# ---------------------------------------------------------------- rows, the command line
 
 
-def refuse_other_settings(path: pathlib.Path, before: dict, now: dict) -> None:
-    """SystemExit if the file that is to be gone on with was made otherwise than it would be now."""
-    for key, value in now.items():
-        if before.get(key) != value:
-            made = f"{path} was made with another {key}: {before.get(key)!r}, not {value!r}"
-            if key == "epochs":
-                made += " (its learning rate falls to zero at the end: there is no going on)"
-            sys.exit(f"{made}; add --fresh to start over, or choose another --name")
+def row_path(args: argparse.Namespace, name: str, kind: str = "json") -> pathlib.Path:
+    """Where a row lies, or the arrays of its picture (kind "npz"); one measured on validation says so."""
+    return pathlib.Path(args.out, "rows", f"{name}{'' if args.split == 'test' else '_validation'}.{kind}")
 
 
-SOURCES = {}  # .py file -> hash of what was loaded from it, once it was loaded
-
-
-def loaded_code() -> dict[str, str]:
-    """The .py files of this folder that are loaded, and the script, by name, with a hash of each. SystemExit
-    where one has been edited since it was loaded: a notebook runs on with the old one."""
-    here, found = os.path.dirname(os.path.abspath(__file__)), {}
-    for name, module in sorted(sys.modules.items()):
-        path = os.path.abspath(getattr(module, "__file__", None) or "")
-        if (os.path.dirname(path) != here and name != "__main__") or not os.path.isfile(path):
-            continue
-        file, now = os.path.basename(path), hash_of_files(path)
-        if name == "__main__":  # the script, which is read anew each time
-            SOURCES[path] = now
-        if SOURCES.setdefault(path, now) != now:
-            sys.exit(
-                f"{file} has been edited since it was loaded; restart Python (in a notebook: the kernel)"
-            )
-        found[file] = now
-    return found
-
-
-def edited_since(before: dict[str, str]) -> str:
-    """The first file that was loaded before and now, and has another content now; "" where there is none."""
-    now = loaded_code()
-    return next((name for name in before if now.get(name, before[name]) != before[name]), "")
-
-
-loaded_code()  # remember what has been loaded until now: this file, data.py
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows of logits [n, K] whose largest entry is the label [n]."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-# ---------------------------------------------------------------- results.json, the command line
-
-
-def read_results(out: str | pathlib.Path) -> dict:
-    """The contents of out/results.json; empty rows where there is none yet."""
-    path = pathlib.Path(out) / "results.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    except ValueError:
-        sys.exit(f"{path} is no JSON any more; mend it or move it away: the stages write their rows anew")
-
-
-def row_name(args: argparse.Namespace, name: str) -> str:
-    """A row's name in results.json: one measured on the validation split says so."""
-    return name if args.split == "test" else f"{name}_{args.split}"
-
-
-def arrays_path(args: argparse.Namespace, name: str) -> pathlib.Path:
-    """Where a row's arrays for the figures lie."""
-    return pathlib.Path(args.out) / f"{row_name(args, name)}.npz"
-
-
-def record(args: argparse.Namespace, name: str, machine: Machine, source, **row) -> None:
-    """Put a row into results.json: `value` (a fraction) and what else it says. `source`: data.source's."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "pillow", "transformers", "open_clip_torch"):
-        with contextlib.suppress(metadata.PackageNotFoundError):  # a copied file needs only some of them
-            versions[package] = metadata.version(package)
-    launcher = ["torchrun", f"--nproc_per_node={PROCESSES}"] if PROCESSES > 1 else ["python"]
-    where = {"seed": machine.seed, "device": machine.name, "precision": machine.precision}
-    where |= {"provenance": source.provenance}
-    results, name = read_results(args.out), row_name(args, name)
-    results |= {"dataset": source.name, "versions": versions}
-    typed = {"split": args.split, "command": shlex.join([*launcher, *sys.argv]), "code": loaded_code()}
-    results["rows"][name] = where | row | typed
-    write_file(pathlib.Path(args.out) / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+def record(args: argparse.Namespace, name: str, images: Tensor, labels: Tensor, **row) -> None:
+    """Write a row of the table: `value` (a fraction) and what else it says, in a file of its own, so that
+    stages may run side by side. images, labels: what it was measured on."""
+    gpu = args.device == "cuda"
+    chip = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
+    row |= {key: vars(args)[key] for key in ("split", "seed", "limit", "precision")}
+    row |= {"command": shlex.join(["python", *sys.argv]), "images": hash_of(images, labels)}
+    row |= {"device": f"{args.device}, {chip}", "torch": torch.__version__, "code": hash_of_code()}
+    with whole_file(row_path(args, name)) as file:
+        file.write(json.dumps(row, indent=1, default=float).encode())
     print(f"{name}: {row['value']:.4f}", flush=True)
 
 
-def measured(args: argparse.Namespace, name: str, now: dict) -> bool:
-    """True where results.json already has this row, by the same command and code, of the same weights and
-    images (`now`)."""
-    name = row_name(args, name)
-    row = read_results(args.out)["rows"].get(name, {})
-    same = all(row.get(key) == now[key] for key in ("weights", "images"))
-    known = same and not edited_since(row["code"]) and row["command"].endswith(shlex.join(sys.argv))
-    if known:
-        print(f"{name}: {row['value']:.4f}, measured before", flush=True)
-    return known
+# options that are numbers -> their least and largest value
+RANGES = {"seed": (0, 2**32 - 1), "lr": (1e-9, 1e3), "labels": (0, 1), "warmup": (0, 1), "smoothing": (0, 1)}
+RANGES |= dict.fromkeys("limit epochs batch dim patch frames clips blocks folds enlarge".split(), (1, 10**9))
+path = os.path.expanduser  # in --out=~/x the shell leaves the ~ as it is
 
 
-def count(text: str) -> int:
-    """An option's value: a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """An option's value: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def common_arguments() -> argparse.ArgumentParser:
+def common_options() -> argparse.ArgumentParser:
     """The options of every stage, to be used as a parent parser."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
-    add("--data", default="data", help='folder with cifar-10-batches-bin, or "synthetic" (default: data)')
-    add("--out", default="runs/mine", help="folder for checkpoints, results, figures (default: runs/mine)")
-    add("--name", help="name of the checkpoint and of its row in results.json")
-    splits = ["validation", "test"]
+    add("--data", type=path, default="data", help='folder with CIFAR-10, or "synthetic" (default: data)')
+    add("--out", type=path, default="runs/mine", help="folder for checkpoints and rows (default: runs/mine)")
+    add("--name", help="name of the checkpoint and of its row")
+    splits, precisions = ["validation", "test"], ["auto", "float32", "bfloat16"]
     add("--split", choices=splits, default="validation", help="for the final number; look at test once")
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
-    add("--limit", type=count, help="use only so many images of each split (default: all)")
+    add("--limit", type=int, help="use only so many images of each split (default: all)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: the faster")
+    add("--precision", choices=precisions, default="auto", help="default: bfloat16 where a CPU has it")
     return p
 
 
-def encoder_arguments() -> argparse.ArgumentParser:
-    """The options of the stages that make a new encoder, to be used as a parent parser."""
-    p = argparse.ArgumentParser(add_help=False)
-    add = p.add_argument
-    add("--dim", type=count, help="width of a new encoder (default: 128)")
-    add("--patch", type=count, help="patch size of a new encoder in pixels (default: 8)")
-    add("--stem", action="store_true", help="give a new encoder a small convolution inside each patch")
-    return p
-
-
-def make_encoder(checkpoint: str | None, size: int, patch: int | None, dim: int | None, stem: bool) -> ViT:
-    """The encoder in `checkpoint`, which must be as asked for; without one, a new random encoder. `size`: of
-    the images, in pixels."""
-    try:
-        if checkpoint:
-            encoder = load_encoder(checkpoint, size)
-        else:
-            encoder = ViT(size, patch or 8, dim or 128, stem=stem)
-    except ValueError as error:
-        sys.exit(f"no such encoder: {error}; choose another --patch or --dim")
-    for name, asked in {"patch_size": patch, "dim": dim, "stem": stem or None}.items():
-        option, has = name.removesuffix("_size"), encoder.config[name]
-        if asked not in (None, has):
-            sys.exit(f"the encoder in {checkpoint} has --{option} {has}, not {asked}")
-    tokens, width = 1 + encoder.patches, encoder.config["dim"]
-    print(f"encoder: {encoder.patches} patches + CLS = {tokens} tokens of width {width}", flush=True)
-    return encoder
-
-
-def training_arguments(epochs: int, muon: float, adamw: float, batch: int | None = None):
+def training_options(epochs: int, muon: float, adamw: float, batch: int | None = None):
     """The options of every training stage, to be used as a parent parser, with this stage's defaults:
     peak learning rates of the two optimisers, images per step (None: the stage counts in other units)."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
-    add("--epochs", type=count, default=epochs, help="passes over the training images (default: %(default)s)")
+    add("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
     if batch:
-        add("--batch", type=count, default=batch, help="images per step (default: %(default)s)")
+        add("--batch", type=int, default=batch, help="images per step (default: %(default)s)")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: %(default)s")
-    add("--lr", type=float, help=f"peak learning rate (default: {muon:g}; with --optimizer adamw {adamw:g})")
+    add("--lr", type=float, help=f"peak learning rate (default: {muon:g}; adamw: {adamw:g})")
     add("--weight-decay", type=float, default=0.05, help="on matrices only (default: %(default)s)")
-    add("--warmup", type=fraction, default=0.1, help="share of steps with linear rise (default: %(default)s)")
-    add("--keep-epochs", action="store_true", help="also keep every epoch's checkpoint, NAME-epoch1.pt, ...")
+    add("--warmup", type=float, default=0.1, help="share of steps with linear rise (default: %(default)s)")
+    add("--keep-epochs", action="store_true", help="also keep every epoch's weights, NAME/epoch1.pt, ...")
     add("--fresh", action="store_true", help="start over instead of going on")
     p.set_defaults(usual_lr={"muon": muon, "adamw": adamw})
     return p
 
 
-def command(parser: argparse.ArgumentParser, source) -> None:
-    """Run the stage that is typed (its parser has set `run` to the function). `source`: data.source."""
-    import filelock  # comes with torch
-
+def command(parser: argparse.ArgumentParser) -> None:
+    """Run the stage that is typed (its parser has set `run` to the function)."""
     args = parser.parse_args()
+    for name, (low, high) in RANGES.items():
+        value = vars(args).get(name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} {value} is not between {low:g} and {high:g}")
     if hasattr(args, "usual_lr"):
         usual = vars(args).pop("usual_lr")
-        args.lr = usual[args.optimizer] if args.lr is None else args.lr
-    loaded_code()
-    out = pathlib.Path(args.out)
+        args.lr = args.lr or usual[args.optimizer]
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr
-    lock = filelock.FileLock(out / ".lock")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            lock.acquire(timeout=0)
-    except filelock.Timeout:
-        sys.exit(f"another run is working in {out}; wait for it, stop it, or choose another --out")
-    except NotImplementedError:
-        print(f"{out} is on a disk that knows no locks; don't start two runs in it", file=sys.stderr)
-    except OSError as error:
-        sys.exit(f"can't work in the folder {out}: {error.strerror}; choose another --out")
-    try:
-        held, asked = read_results(out).get("dataset"), source(args.data).name
-        if held not in (None, asked):
-            sys.exit(f"{out} holds results on {held} images, not {asked}; choose another --out or --data")
-        if PROCESSES > 1 and not hasattr(args, "epochs"):
-            sys.exit("this is no training stage; start it with python instead of torchrun")
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was, after its last epoch", file=sys.stderr)
-        print("(with --fresh it starts over)", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:  # Run.save's
-        sys.exit(str(error))
-    except RuntimeError as error:  # CUDA, MPS and CPU say it in different words
-        if not re.search("out of memory|(allocate|not enough) memory|ALLOC_FAILED", str(error)):
-            raise
-        sys.exit("out of memory; choose a smaller --batch (video.py: --clips) with --fresh, or --device cpu")
-    finally:
-        lock.release()  # a notebook lives on after its %run
-
-
-def main() -> None:
-    description, parents = "print the network, layer by layer", [common_arguments(), encoder_arguments()]
-    args = argparse.ArgumentParser(description=description, parents=parents).parse_args()
-    encoder = make_encoder(None, 32, args.patch, args.dim, args.stem)
-    for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
-        print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
-    print(encoder)
+    except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            sys.exit(f"{error}\nA checkpoint holds another network: undo the edit, or train anew (--fresh)")
+        if re.search("memory|ALLOC_FAILED", str(error)):  # CUDA, MPS and CPU say it in different words
+            sys.exit("out of memory; choose a smaller --batch (video.py: --clips), or --device cpu")
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    encoder = ViT()
+    print(encoder)
+    for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
+        print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
