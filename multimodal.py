@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import errno
 import json
 import logging
 import pathlib
@@ -171,6 +172,8 @@ def load_blip(name: str):
         processor = transformers.BlipProcessor.from_pretrained(name)
         model, found = load(name, output_loading_info=True)
     except (OSError, ValueError) as error:  # offline and not cached, no such model, not a model
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            sys.exit(f"can't store the captioner {name}: {error.strerror}; make room, type the same command")
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
         print(f"can't load the captioner {name} ({first_line(error)}); {advice}", file=sys.stderr)
         sys.exit(NO_BLIP)

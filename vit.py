@@ -720,6 +720,9 @@ def command(parser: argparse.ArgumentParser) -> None:
         sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr
     try:
         pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"can't work in the folder {args.out}: {error.strerror}; choose another --out")
+    try:
         args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was, after its last epoch", file=sys.stderr)

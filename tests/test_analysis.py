@@ -1,15 +1,16 @@
-"""CKA against Gram matrices, and the measures of the similarity maps."""
+"""CKA against Gram matrices, the measures of the similarity maps, the pictures and the table."""
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, load
 
 import analysis
-import data
+import vit
+
+draw, table = load("results/draw.py"), load("results/table.py")
 
 
 def brute_force_cka(x, y, debiased):
@@ -29,172 +30,214 @@ def brute_force_cka(x, y, debiased):
     return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
 
 
-def streamed(*parts, debiased=False, batch=17):
-    streaming = analysis.StreamingCKA()
-    for batch_parts in zip(*(p.split(batch) for p in parts)):
-        streaming.add(*batch_parts)
-    return streaming.result(debiased)
+both = pytest.mark.parametrize("debiased", [False, True])
 
 
-@pytest.mark.parametrize("debiased", [False, True])
-def test_streaming_cka_equals_brute_force(debiased):
+@both
+def test_cka_equals_brute_force(debiased):
     x = torch.randn(100, 20, dtype=torch.float64) + 3
     y = (x[:, :7] @ torch.randn(7, 9, dtype=torch.float64)).tanh()
     y += 0.3 * torch.randn(100, 9, dtype=torch.float64)
-    found = streamed(x, y, debiased=debiased)
-    assert found[0, 1].item() == pytest.approx(brute_force_cka(x, y, debiased).item(), abs=1e-10)
-    assert debiased or analysis.linear_cka(x, y).item() == pytest.approx(found[0, 1].item(), abs=1e-10)
-    torch.testing.assert_close(found, found.T)
-    torch.testing.assert_close(found, streamed(x, y, debiased=debiased, batch=100))
+    found = analysis.linear_cka(x, y, debiased).item()
+    assert found == pytest.approx(brute_force_cka(x, y, debiased).item(), abs=1e-10)
+    assert found == pytest.approx(analysis.linear_cka(y, x, debiased).item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("debiased", [False, True])
+@both
 def test_cka_ignores_rotation_scale_and_shift_and_is_one_on_itself(debiased):
     x, y = torch.randn(80, 10, dtype=torch.float64), torch.randn(80, 6, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q
-    found = streamed(x, 5 * x @ rotation + 2, y, y - 7, debiased=debiased)
-    assert found[0, 1].item() == pytest.approx(1) and found[0, 0].item() == pytest.approx(1)
-    assert found[0, 2].item() == pytest.approx(found[1, 3].item())
+    turned = 5 * x @ torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64)).Q + 2
+    assert analysis.linear_cka(x, turned, debiased).item() == pytest.approx(1)
+    expected = analysis.linear_cka(x, y, debiased).item()
+    assert analysis.linear_cka(turned, y - 7, debiased).item() == pytest.approx(expected)
+
+
+@both
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1, 1e3, 1e6])
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+def test_cka_does_not_mind_how_large_features_are(debiased, scale, kind):
+    """A product of two large sums, before the root is taken, overflows float32."""
+    x, y = torch.randn(300, 10), torch.randn(300, 6)
+    big = (scale * x).to(kind)
+    if not big.isfinite().all() or (kind is torch.float16 and scale < 1e-3):
+        pytest.skip("float16 does not hold such numbers")
+    assert analysis.linear_cka(big, big, debiased).item() == pytest.approx(1)
+    expected = analysis.linear_cka(x, y, debiased).item()
+    assert analysis.linear_cka(big, y, debiased).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_raw_pixels_are_as_alike_to_themselves_as_anything():
+    x = torch.randint(256, (2000, 3072)).float()
+    assert analysis.linear_cka(x, x).item() == pytest.approx(1)
 
 
 def test_only_the_debiased_estimate_is_near_zero_for_independent_features():
     x, y = torch.randn(200, 100), torch.randn(200, 100)
-    assert streamed(x, y)[0, 1] > 0.3
-    assert abs(streamed(x, y, debiased=True)[0, 1]) < 0.05
+    assert analysis.linear_cka(x, y) > 0.3
+    assert abs(analysis.linear_cka(x, y, debiased=True)) < 0.05
 
 
-def test_what_is_the_same_for_all_images_has_no_cka():
-    found = streamed(torch.full((20, 4), 0.3), torch.randn(20, 4))
-    assert found[0].isnan().all() and found[1, 1] == 1
+@both
+def test_what_is_the_same_for_all_images_has_no_cka(debiased):
+    assert analysis.linear_cka(torch.full((20, 4), 0.3), torch.randn(20, 4), debiased).isnan()
     with pytest.raises(ValueError, match="at least 4"):
-        streamed(torch.randn(3, 2))
+        analysis.linear_cka(torch.randn(3, 2), torch.randn(3, 2))
 
 
-@pytest.mark.parametrize("debiased", [False, True])
-def test_cka_does_not_mind_how_small_a_representation_is(debiased):
-    x, y = torch.randn(80, 10, dtype=torch.float64), torch.randn(80, 6, dtype=torch.float64)
-    found, tiny = streamed(x, y, debiased=debiased), streamed(1e-7 * x, y, debiased=debiased)
-    torch.testing.assert_close(tiny, found, rtol=1e-6, atol=1e-9)
+def test_cls_along_the_encoder_is_its_residual_stream():
+    encoder, images = vit.ViT(dim=16, depth=2).eval(), torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    places = analysis.cls_along(encoder, images)  # [5, 5, D]
+    with torch.no_grad():
+        x = encoder.embed(images / 255)
+        torch.testing.assert_close(places[:, 0], x[:, 0])
+        x = x + encoder.blocks[0].attn(encoder.blocks[0].norm1(x))[0]
+        torch.testing.assert_close(places[:, 1], x[:, 0])
+        torch.testing.assert_close(encoder.norm(places[:, -1]), encoder(images / 255)[:, 0])
 
 
-@pytest.mark.parametrize("debiased", [False, True])
-def test_one_nan_costs_its_own_row_and_column_only(debiased):
-    x, y, z = (torch.randn(80, 5, dtype=torch.float64) for _ in range(3))
-    broken = x.clone()
-    broken[7, 2] = torch.nan
-    found, whole = streamed(broken, y, z, debiased=debiased), streamed(x, y, z, debiased=debiased)
-    assert found[0].isnan().all() and found[:, 0].isnan().all()
-    torch.testing.assert_close(found[1:, 1:], whole[1:, 1:])
-
-
-def test_fewer_keys_than_neighbours_asked_for_all_vote():
-    queries, keys, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 1, 1, 0, 2])
-    guess = analysis.nearest_neighbours(queries, keys, labels, k=20)
-    assert guess.tolist() == [1, 1, 1]
-
-
-def test_the_moving_picture_needs_few_images(tmp_path):
-    """15 images: classes of one or two, fewer than 20 neighbours."""
-    few = "--data synthetic --limit 15 --device cpu --precision float32 --out".split() + [tmp_path]
-    call("ssl.py", *"finetune --dim 16 --epochs 1 --batch 5 --name finetune --keep-epochs".split(), *few)
-    assert "drew" in call("analysis.py", "movie", *few)
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_token_similarity_is_the_cosine():
     tokens = torch.randn(2, 5, 8)
-    found = analysis.token_similarity(tokens)
     expected = torch.cosine_similarity(tokens[1, 2], tokens[1, 4], dim=0)
-    torch.testing.assert_close(found[1, 2, 4], expected)
+    torch.testing.assert_close(analysis.token_similarity(tokens)[1, 2, 4], expected)
 
 
-def test_focus_at_its_two_extremes():
+def test_focus_at_its_extremes():
     flat = analysis.focus(torch.tensor([[0.0, 1.0] * 8]))  # half of the patches share the mass evenly
     sharp = analysis.focus(torch.eye(16)[:1])
     # log 8 / log 16
     assert flat["entropy"] == pytest.approx(0.75) and flat["best_quarter"] == pytest.approx(0.5)
     assert sharp["entropy"] == 0 and sharp["best_quarter"] == 1 and sharp["peak"] == 1
+    middle = torch.zeros(1, 16)
+    middle[:, [5, 6, 9, 10]] = 0.5
+    assert analysis.focus(middle)["centre"] == 0.5 and flat["centre"] == pytest.approx(0)
 
 
-def test_nearest_neighbours_vote():
+@pytest.mark.parametrize("k", [15, 300])
+def test_nearest_neighbours_vote_all_of_them_where_there_are_fewer(k):
     queries, keys, labels = torch.randn(30, 6), torch.randn(200, 6), torch.randint(10, (200,))
-    for query, found in zip(queries, analysis.nearest_neighbours(queries, keys, labels, k=15)):
+    for query, found in zip(queries, draw.nearest_neighbours(queries, keys, labels, k=k)):
         cosines = torch.cosine_similarity(query[None], keys)
-        votes = labels[cosines.argsort(descending=True)[:15]].tolist()
+        votes = labels[cosines.argsort(descending=True)[:k]].tolist()
         assert votes.count(found.item()) == max(map(votes.count, votes))
 
 
 def test_colour_map_ends_are_viridis():
-    found = analysis.colour(np.array([0.0, 1.0, 0.5]))
+    found = draw.colour(np.array([0.0, 1.0, 0.5]))
     assert found.tolist() == [[68, 1, 84], [253, 231, 37], [33, 144, 141]]
 
 
-def results(folder, **row):
-    """A results.json with one row."""
-    usual = {"value": 0.5, "split": "test", "images": "a", "code": "b", "precision": "float32"}
-    usual |= {"command": f"python ssl.py probe --out {folder.name} --split test --seed 0"}
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"rows": {"m_probe": usual | row}}))
+def test_a_picture_says_that_its_stage_has_not_run_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
+    few = "--data synthetic --limit 30 --out".split() + [tmp_path]
+    assert call("results/draw.py", *few).count("nothing to draw, its stage has not run") == len(draw.PICTURES)
+
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(draw.PICTURES, "maps", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        call("results/draw.py", *few)
+
+
+def test_the_film_needs_few_images(tmp_path):
+    """15 images: classes of one or two, fewer than 20 neighbours."""
+    few = "--data synthetic --limit 15 --device cpu --precision float32 --out".split() + [tmp_path]
+    call("ssl.py", *"finetune --dim 16 --epochs 2 --batch 5 --name finetune --keep-epochs".split(), *few)
+    assert "learning.gif: 2 frames" in call("results/draw.py", *few)
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def write_row(folder, name, value, seed=0, **more):
+    usual = {
+        "value": value,
+        "split": "test",
+        "images": "a",
+        "code": "b",
+        "precision": "float32",
+        "limit": None,
+    }
+    usual |= {"command": f"python ssl.py probe --out runs/{folder.name} --split test --seed {seed}"}
+    usual |= {"seed": seed, "provenance": "CIFAR-10", "device": "cpu", "torch": "2", "seconds": 90.0}
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    (folder / "rows" / f"{name}.json").write_text(json.dumps(usual | more))
 
 
 def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(tmp_path):
-    results(tmp_path / "run", value=0.1)
-    for seed, value in ((1, 0.2), (2, 0.3)):
-        command = f"python ssl.py probe --out run-seed{seed} --split test --seed {seed}"
-        results(tmp_path / f"run-seed{seed}", value=value, command=command)
-    results(tmp_path / "run-seed1-backup", value=0.9)
-    results(
-        tmp_path / "run-seed3", command="python ssl.py probe --out run-seed3 --split test --seed 3 --stem"
-    )
-    for seed, other in enumerate([{"images": "c"}, {"code": "c"}, {"precision": "bfloat16"}], start=4):
-        command = f"python ssl.py probe --out run-seed{seed} --split test --seed {seed}"
-        results(tmp_path / f"run-seed{seed}", command=command, **other)
-    args = argparse.Namespace(out=tmp_path / "run", split="test")
-    assert analysis.over_seeds(args, "m_probe") == [0.1, 0.2, 0.3]
+    write_row(tmp_path / "run", "m_probe", 0.1)
+    write_row(tmp_path / "run-seed1", "m_probe", 0.2, seed=1)
+    write_row(tmp_path / "run-seed2", "m_probe", 0.3, seed=2)
+    write_row(tmp_path / "run-seed1-backup", "m_probe", 0.9, seed=1)
+    others = [
+        {"images": "c"},
+        {"code": "c"},
+        {"precision": "bfloat16"},
+        {"limit": 9},
+        {"command": "python x"},
+    ]
+    for seed, other in enumerate(others, start=3):
+        write_row(tmp_path / f"run-seed{seed}", "m_probe", 0.9, seed=seed, **other)
+    runs = table.runs_of(tmp_path / "run")
+    assert [rows["m_probe"]["value"] for rows in runs if rows] == [0.1, 0.2, 0.3]
+    assert table.number(runs, "m_probe") == "20.00 ± 10.00 %"
 
 
-def test_a_mixture_of_machines_is_said_to_be_one():
-    rows = {"a": {"precision": "float32", "seed": 0}, "b": {"precision": "bfloat16", "seed": 0}}
-    assert analysis.values_of(rows, "seed") == "0"
-    assert "float32, or bfloat16 (A MIXTURE" in analysis.values_of(rows, "precision")
+def test_a_mixture_and_few_images_are_said_by_the_rows(tmp_path):
+    """Whatever options are typed when the table is made."""
+    write_row(tmp_path, "m_probe", 0.1)
+    write_row(tmp_path, "finetune", 0.1, device="cuda", limit=500)
+    text = call("results/table.py", "--out", tmp_path, "--split", "test")
+    assert "cuda, cpu (A MIXTURE" in text and "THESE NUMBERS MEAN NOTHING" in text and "torch: 2" in text
 
 
-@pytest.mark.parametrize("system", [True, False])
-def test_letters_are_drawn_or_spelled_but_never_boxes(system, monkeypatch):
-    if not system:
-        monkeypatch.setattr(analysis, "FONTS", ["no such font.ttf"])
-    analysis.legible.cache_clear()
-    for words, plain in [("Bär", "Bar"), ("señal, été", "senal, ete"), ("Straße", "Strasse"), ("кот", "???")]:
-        shown, font = analysis.legible(words, 13)
-        assert not analysis.lacks(font, shown) and shown in (words, plain)
-        assert system or shown == plain
-    analysis.legible.cache_clear()
+@pytest.fixture
+def published(tmp_path):
+    """A project with two seeds of laptop, one of full, and pages to be filled in."""
+    laptop, second, full = (tmp_path / f"runs/cifar10-{name}" for name in ("laptop", "laptop-seed1", "full"))
+    write_row(laptop, "m_probe", 0.5, training={"angle": 0.25})
+    write_row(laptop, "pixels_probe", 0.4)
+    write_row(laptop, "cka_after", 0.5, blocks=[0.1, 0.2])
+    write_row(second, "m_probe", 0.6, seed=1, training={"angle": 0.35}, seconds=30)
+    write_row(second, "pixels_probe", 0.4, seed=1)
+    write_row(full, "m_probe", 0.8)
+    (laptop / "commands.txt").write_text("# commit abc\npython ssl.py probe --device cuda --out x\n")
+    (laptop / "figures").mkdir()
+    (laptop / "figures/cka.png").write_bytes(b"png")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter")
+    return tmp_path
 
 
-def test_with_very_few_images_every_angle_still_has_its_example(monkeypatch):
-    monkeypatch.setattr(data, "load", lambda *_, **__: data.synthetic(2))
-    args = argparse.Namespace(data="synthetic", seed=0)
-    assert analysis.task_examples(args, 8)[-1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+@pytest.mark.parametrize(
+    "placeholder, text",
+    [
+        ("{laptop m_probe}", "55.00 ± 7.07 %"),
+        ("{full m_probe}", "80.00 %"),
+        ("{report m_probe}", "38.51 %"),
+        ("{full finetune}", "not measured"),
+        ("{laptop m_probe seconds}", "1.0 min"),
+        ("{laptop m_probe training.angle}", "30.00 ± 7.07 %"),
+        ("{laptop cka_after}", "0.5000"),
+        ("{laptop cka_after blocks.1}", "0.2000"),
+        ("{laptop m_probe - pixels_probe}", "+15.00 ± 7.07"),
+        ("{full m_probe - pixels_probe}", "not measured"),
+    ],
+)
+def test_a_placeholder_gets_the_number_it_asks_for(published, placeholder, text):
+    profiles = {name: table.runs_of(published / f"runs/cifar10-{name}") for name in ("laptop", "full")}
+    assert table.filled(f"a {placeholder} b", profiles) == f"a {text} b"
 
 
-def test_arrays_of_different_images_are_not_compared_in_a_figure(tmp_path):
-    rows = {"maps": "a", "maps_before": "a", "maps_after": "b"}
-    rows = {name: {"value": 0, "split": "test", "images": images} for name, images in rows.items()}
-    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "maps.npz").touch()
-    args = argparse.Namespace(out=tmp_path, split="test")
-    assert analysis.missing(args, ["maps.npz", "maps_before"]) == []
-    assert "the same images" in analysis.missing(args, ["maps.npz", "maps_after"])[0]
-
-
-def test_a_figure_says_what_it_needs_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
-    few = "--data synthetic --limit 30 --device cpu --out".split() + [tmp_path]
-    drawn = call("analysis.py", "figures", *few)
-    assert "maps: not drawn, as it needs maps.npz, maps_before, maps_after" in drawn
-    assert "captions: not drawn, as it needs fusion_tiny.npz, fusion_tiny_image_only.npz" in drawn
-
-    def broken(_):
-        raise KeyError("a bug")
-
-    monkeypatch.setitem(analysis.FIGURES, "patches", (broken, []))
-    with pytest.raises(KeyError, match="a bug"):
-        call("analysis.py", "figures", *few)
+def test_publishing_brings_results_pictures_and_pages_up_to_date(published):
+    (published / "results/report.template.md").write_text("{full m_probe}\n{table}\n{commands}")
+    table.publish(published)
+    page, readme = ((published / name).read_text() for name in ("results/report.md", "README.md"))
+    assert page.startswith("80.00 %\n| row |") and "    python ssl.py probe --out x" in page
+    assert readme.startswith("before\n<!-- results -->\n| row |") and readme.endswith("\n<!-- end -->\nafter")
+    line = next(line for line in readme.splitlines() if "m_probe |" in line)
+    assert "38.51 % | 55.00 ± 7.07 % |" in line and "| 80.00 % |" in line and "old" not in readme
+    assert (published / "results/figures/cka.png").read_bytes() == b"png"
+    assert json.loads((published / "results/results.json").read_text()).keys() == {"laptop", "full"}

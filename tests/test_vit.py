@@ -1,14 +1,13 @@
-"""The network against two independent implementations, and the promises of the plumbing."""
+"""The network against two independent implementations, the optimiser, and the promises of the plumbing."""
 
+import argparse
 import errno
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import time
 
-import filelock
 import pytest
 import torch
 from conftest import ROOT, call, run
@@ -105,24 +104,17 @@ def test_without_positions_a_block_does_not_know_the_order_of_its_tokens():
 def test_model_m_paints_the_masked_patches_from_their_own_tokens():
     images = torch.rand(2, 3, 32, 32)
     masked = torch.tensor([[3, 0], [15, 7]])
-    model = vit.JointM(vit.ViT(dim=32, depth=1)).eval()
-    angle, pixels, z = model(images, masked)
+    model = vit.ModelM(vit.ViT(dim=32, depth=1)).eval()
+    angle, pixels = model(images, masked)
     tokens = model.encoder(images)
     torch.testing.assert_close(pixels[1, 0], model.reconstruction_head(tokens[1, 1 + 15]))
-    torch.testing.assert_close(z, model.projector(tokens[:, 0]))
-    alone = vit.ModelM(model.encoder)
-    alone.load_state_dict(model.state_dict(), strict=False)
-    assert all(torch.equal(a, b) for a, b in zip(alone(images, masked), (angle, pixels)))
+    torch.testing.assert_close(angle, model.rotation_head(tokens[:, 0]))
 
 
-def test_a_stem_shows_each_token_its_own_patch_only():
-    encoder, images = vit.ViT(dim=32, depth=1, stem=True), torch.rand(2, 3, 32, 32)
-    changed = images.clone()
-    changed[:, :, 8:16, 16:24] = 0  # patch 6: second row, third column
-    moved = (encoder.embed(images) != encoder.embed(changed)).any(dim=-1)  # [2, 17]
-    assert moved.nonzero().tolist() == [[0, 7], [1, 7]]
-    alone = encoder.patch_embedding.layers(vit.standardise(images[:, :, 8:16, 16:24]))[:, :, 0, 0]  # [2, D]
-    torch.testing.assert_close(encoder.embed(images)[:, 7] - encoder.positions[0, 7], alone)
+def test_greyscale_images_need_one_word():
+    model = vit.Classifier(vit.ViT(image_size=28, patch_size=7, dim=16, depth=1, channels=1), classes=10)
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert vit.ModelM(model.encoder).reconstruction_head.out_features == 49
 
 
 def test_impossible_shapes_are_refused():
@@ -172,7 +164,7 @@ def test_many_matrices_at_once_are_the_same_as_one_by_one_and_zero_stays_zero():
 def test_muon_steps_as_torchs_own_up_to_the_rounding_of_bfloat16(shape):
     ours = nn.Parameter(torch.randn(shape))
     theirs = nn.Parameter(ours.detach().clone())
-    first = vit.Muon([ours], lr=0.02, weight_decay=0.1)
+    first = vit.Muon([{"params": [ours], "parts": 1}], lr=0.02, weight_decay=0.1)
     second = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         ours.grad = torch.randn(shape)
@@ -189,7 +181,9 @@ def test_the_parts_of_a_qkv_do_not_mix_and_a_patch_embedding_is_one_matrix():
     whole.grad, patches.grad = torch.randn(48, 16), torch.randn(16, 3, 4, 4)
     alone.grad, flat.grad = whole.grad[16:32].clone(), patches.grad.view(16, 48).clone()
     whole.grad[:16] *= 1000  # the neighbour's scale is its own business
-    vit.Muon([{"params": [whole], "parts": 3}, {"params": [alone, patches, flat]}], lr=0.01).step()
+    vit.Muon(
+        [{"params": [whole], "parts": 3}, {"params": [alone, patches, flat], "parts": 1}], lr=0.01
+    ).step()
     torch.testing.assert_close(whole[16:32], alone)
     torch.testing.assert_close(patches.view(16, 48), flat)
 
@@ -197,7 +191,7 @@ def test_the_parts_of_a_qkv_do_not_mix_and_a_patch_embedding_is_one_matrix():
 def test_a_step_of_muon_is_as_long_as_one_of_adamw():
     weight = nn.Parameter(torch.zeros(64, 192))
     weight.grad = torch.randn(64, 192)
-    vit.Muon([weight], lr=1.0).step()
+    vit.Muon([{"params": [weight], "parts": 1}], lr=1.0, weight_decay=0.0).step()
     assert weight.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
 
 
@@ -213,14 +207,28 @@ def groups(model, kind):
 
 
 def test_muon_gets_the_matrices_inside_and_adamw_the_rest_of_which_only_matrices_decay():
-    model = vit.JointM(vit.ViT(dim=16, depth=1))
+    model = vit.ModelM(vit.ViT(dim=16, depth=1))
     block = [f"encoder.blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
-    heads = ["rotation_head.weight", "reconstruction_head.weight", "projector.0.weight", "projector.2.weight"]
+    heads = ["rotation_head.weight", "reconstruction_head.weight"]
     muon, adamw = groups(model, "muon"), groups(model, "adamw")
     assert muon["by_muon"] == {*block, "encoder.patch_embedding.weight"}
     assert muon["decayed"] == set(heads) and muon["left"] == adamw["left"]
     assert adamw["decayed"] == muon["by_muon"] | muon["decayed"]
     assert {"encoder.cls", "encoder.positions", "encoder.norm.weight"} <= muon["left"]
+
+
+def test_what_muon_leaves_is_stepped_as_by_adamw_itself():
+    ours, theirs = (vit.Classifier(vit.ViT(dim=16, depth=1)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    pair = [vit.make_optimizer(model, kind, 1e-2, 0.1) for model, kind in ((ours, "muon"), (theirs, "adamw"))]
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), pair):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1)
+            optimizer.step()
+    assert torch.equal(ours.head.weight, theirs.head.weight)
+    assert torch.equal(ours.encoder.cls, theirs.encoder.cls)
+    assert not torch.equal(ours.encoder.patch_embedding.weight, theirs.encoder.patch_embedding.weight)
 
 
 def test_class_and_position_tables_of_blip_and_clip_do_not_decay():
@@ -259,215 +267,147 @@ def test_a_model_of_other_names_is_not_given_to_adamw_at_muons_learning_rate():
     assert len(vit.make_optimizer(nn.Linear(3, 2), "adamw", 1e-3, 0.0).param_groups) == 2
 
 
-def test_muon_never_waits_for_the_device():
-    """On torch's meta device a tensor has no values; reading one raises."""
-    model = vit.Classifier(vit.ViT(dim=16, depth=1)).to("meta")
-    model(torch.empty(2, 3, 32, 32, device="meta")).sum().backward()
-    matrices = [p for name, p in model.named_parameters() if vit.INSIDE.search(name) and p.ndim > 1]
-    vit.Muon(matrices, lr=0.01, precision=torch.bfloat16).step()
+def test_the_learning_rate_goes_up_a_line_and_down_a_line_to_zero():
+    rates = [vit.triangle(step, total=100, warmup=0.1) for step in range(101)]
+    assert rates[10] == 1.0 and rates[100] == 0.0 and rates[55] == pytest.approx(0.5)
+    assert rates[4] == pytest.approx(5 / 11)
+    assert vit.triangle(0, 5, 0.0) == 1.0 and vit.triangle(3, 4, 1.0) > 0 and vit.triangle(7, 5, 0.1) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------
+def test_fit_linear_reaches_the_optimum_where_the_gradient_vanishes():
+    x, y = torch.randn(200, 6), torch.randint(3, (200,))
+    layer = vit.fit_linear(x, y, decay=1e-2, classes=3)
+    loss = nn.functional.cross_entropy(layer(x), y) + 1e-2 * layer.weight.square().sum()
+    loss.backward()
+    assert layer.weight.grad.abs().max() < 1e-4 and layer.bias.grad.abs().max() < 1e-4
 
 
-def tiny_run(out, epochs=2, settings=None, kind="muon", **options):
-    """A run of three steps an epoch, with what a loop needs."""
-    machine = vit.set_up("cpu", "float32", seed=1)
-    model = vit.Classifier(vit.ViT(dim=16, depth=1))
-    if kind == "sgd":  # a student's own line
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+# -------------------------------------------------------------------------------------------------- a run
+
+
+def options(out, **more):
+    usual = {"out": str(out), "epochs": 2, "seed": 0, "fresh": False, "keep_epochs": False, "split": "test"}
+    usual |= {"device": "cpu", "precision": "float32", "limit": None, "lr": 0.01}
+    return argparse.Namespace(**usual | more)
+
+
+def tiny_run(out, kind="muon", **more):
+    """A run of two epochs of three steps, with a network that Muon has something to do in."""
+    args = options(out, **more)
+    torch.manual_seed(0)
+    model = vit.Classifier(vit.ViT(16, 8, 16, depth=1, heads=2))
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), args.lr)
     else:
-        optimizer = vit.make_optimizer(model, kind, 1e-3, 0.1)
-    schedule = LambdaLR(optimizer, lambda step: vit.warmup_cosine(step, 3 * epochs, 0.1))
-    settings = {"epochs": epochs} | (settings or {})
-    return vit.Run("tiny", model, optimizer, schedule, machine, settings, epochs, 3, 8, out, **options)
+        optimizer = vit.make_optimizer(model, kind, args.lr, 0.05)
+    schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, 3 * args.epochs, 0.1))
+    recipe = vit.recipe_of(args, torch.zeros(3), torch.zeros(3))
+    return vit.Run(args, "tiny", model, optimizer, schedule, 3, recipe)
 
 
-def batch_loss(run):
-    """The loss of a drawn batch."""
-    return run.model(torch.rand(8, 3, 32, 32, generator=run.generator)).square().mean()
-
-
-def train(run, poison=None, every=1, epochs=None):
-    """The loop as every stage has it; gradients of `every` steps are added up; stopped after `epochs`."""
-    done = run.epoch * 3
-    for epoch in range(run.epoch, run.epochs):
-        for k in range(3):
-            loss = batch_loss(run)
-            if (epoch, k) == poison:
-                loss = loss * float("nan")
+def train(run, epochs=9, poison=None, **metrics):
+    """Train until the run's end, or so many epochs; poison: (epoch, step) whose gradient is not finite."""
+    for epoch in range(run.epoch, min(epochs, run.args.epochs)):
+        for step in range(3):
+            x = torch.rand(4, 3, 16, 16, generator=run.generator)
+            loss = run.model(x).square().mean()
             loss.backward()
-            done += 1
-            if done % every == 0:
-                run.optimizer.step()
-                run.schedule.step()
-                run.optimizer.zero_grad(set_to_none=True)  # as PyTorch's own take it
+            if poison == (epoch, step):
+                run.model.head.bias.grad[0] = torch.inf
+            run.optimizer.step()
+            run.schedule.step()
+            run.optimizer.zero_grad()
             run.log(loss=loss)
-        run.save()
-        if epoch + 1 == epochs:
-            return
-    run.finish()
+        run.save(**metrics)
+    return run
 
 
 def weights(path):
     return vit.read_checkpoint(path)["model"]
 
 
-def test_the_learning_rate_warms_up_then_falls_to_zero():
-    rates = [vit.warmup_cosine(step, total=100, warmup=0.1) for step in range(100)]
-    assert 0 < rates[0] < 0.2 and rates[10] == 1.0 and rates[99] < 0.001
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11]))
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert [vit.warmup_cosine(step, 1, 0.1) for step in range(1)] and vit.warmup_cosine(0, 5, 0.0) == 1.0
-
-
-def test_a_loss_that_is_not_finite_names_stage_and_epoch_and_keeps_the_last_good_epoch(tmp_path):
-    with pytest.raises(FloatingPointError, match="tiny: the loss is not finite in epoch 2"):
-        train(tiny_run(tmp_path), poison=(1, 2))
-    state = vit.read_checkpoint(tmp_path / "tiny.pt")
-    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
-
-
-def test_a_stopped_run_goes_on_bit_for_bit_by_any_optimizer_also_with_gradients_not_yet_spent(tmp_path):
-    for kind, every in [
-        ("muon", 1),
-        ("muon", 2),
-        ("adamw", 1),
-        ("sgd", 1),
-    ]:  # 2: of three steps half a sum is left
-        out = tmp_path / f"{kind}{every}"
-        train(tiny_run(out / "whole", kind=kind), every=every)
-        train(tiny_run(out / "part", kind=kind), every=every, epochs=1)
-        train(tiny_run(out / "part", kind=kind), every=every)
-        whole, part = (weights(out / name / "tiny.pt") for name in ("whole", "part"))
-        assert all(torch.equal(value, part[name]) for name, value in whole.items())
-
-
-def test_a_run_that_is_stopped_early_and_finished_is_finished(tmp_path):
-    run = tiny_run(tmp_path, epochs=5)
-    train(run, epochs=2)
-    run.finish()
-    again = tiny_run(tmp_path, epochs=5)
-    assert (again.epoch, again.epochs, len(again.history["loss"])) == (2, 2, 2)
-
-
-def test_a_run_that_is_stopped_inside_an_epoch_is_not_taken_for_its_last_one(tmp_path):
-    run = tiny_run(tmp_path, epochs=5)
-    train(run, epochs=1)
-    run.log(loss=0.5)  # a plain number will do
-    with pytest.raises(SystemExit, match="stopped inside epoch 2; call save"):
-        run.finish()
-
-
-def test_a_schedule_that_counts_other_steps_than_the_loop_is_told(tmp_path, capsys):
-    train(tiny_run(tmp_path / "a"))
-    assert "of its peak" not in capsys.readouterr().out
-    train(tiny_run(tmp_path / "b"), every=2)
-    assert "the learning rate ended at" in capsys.readouterr().out
-
-
-def test_dropout_draws_the_same_numbers_after_a_stop(tmp_path):
-    def run(out):
-        run = tiny_run(out)
-        run.model.head = nn.Sequential(nn.Dropout(0.5), run.model.head)
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
-        run.schedule = LambdaLR(run.optimizer, lambda step: vit.warmup_cosine(step, 6, 0.1))
-        if run.path.exists():
-            run.resume()
-        return run
-
-    torch.manual_seed(0)
-    train(run(tmp_path / "whole"))
-    torch.manual_seed(0)
-    first = run(tmp_path / "part")
-    train(first, epochs=1)
-    again = tiny_run(tmp_path / "other")  # another draw in between
-    state = vit.read_checkpoint(first.path)
-    assert torch.equal(state["random"], torch.get_rng_state()) is False and again.epoch == 0
-    torch.set_rng_state(state["random"])
-    train(first)
+@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
+def test_a_stopped_run_goes_on_bit_for_bit_by_any_optimizer(tmp_path, kind):
+    train(tiny_run(tmp_path / "whole", kind))
+    train(tiny_run(tmp_path / "part", kind), epochs=1)
+    train(tiny_run(tmp_path / "part", kind))
     whole, part = (weights(tmp_path / name / "tiny.pt") for name in ("whole", "part"))
     assert all(torch.equal(value, part[name]) for name, value in whole.items())
 
 
-def test_fresh_forgets_the_old_run_at_once(tmp_path):
+def test_a_finished_run_is_taken_as_it_is(tmp_path, capsys):
+    train(tiny_run(tmp_path))
+    before = (tmp_path / "tiny.pt").read_bytes()
+    again = train(tiny_run(tmp_path))
+    assert "finished before" in capsys.readouterr().out and (tmp_path / "tiny.pt").read_bytes() == before
+    assert again.epoch == 2 and len(again.row()["training"]) == 1
+
+
+@pytest.mark.parametrize("poison", [(1, 0), (1, 2)])
+def test_weights_that_are_not_finite_are_not_kept_also_after_the_last_step_of_all(tmp_path, poison):
+    """A gradient that is not finite in an epoch's last step leaves a finite loss."""
+    with pytest.raises(SystemExit, match="weights are not finite after epoch 2, which is not kept"):
+        train(tiny_run(tmp_path), poison=poison)
+    state = vit.read_checkpoint(tmp_path / "tiny.pt")
+    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_any_kind_of_number_may_be_kept_with_an_epoch_and_in_a_row(tmp_path):
+    """One that weights_only does not know would make a checkpoint that nobody can read again."""
+    numpy = pytest.importorskip("numpy")
+    run = train(tiny_run(tmp_path), f1=numpy.float64(0.25), share=torch.tensor(0.5), count=3)
+    history = vit.read_checkpoint(tmp_path / "tiny.pt")["history"]
+    assert (history["f1"], history["share"], history["count"]) == ([0.25] * 2, [0.5] * 2, [3.0] * 2)
+    vit.record(
+        run.args, "x", torch.zeros(1), torch.zeros(1), value=numpy.float32(0.5), tensor=torch.tensor(1.5)
+    )
+    assert '"tensor": 1.5' in (tmp_path / "rows/x.json").read_text()
+
+
+def test_fresh_forgets_the_old_run_at_once_and_no_other(tmp_path):
     """Else a stop in its first epoch would bring the old weights back, as "finished before"."""
     train(tiny_run(tmp_path))
+    (tmp_path / "tiny-epochs1.pt").write_bytes(b"another run's")
     tiny_run(tmp_path, fresh=True)
-    assert tiny_run(tmp_path).epoch == 0
+    assert tiny_run(tmp_path).epoch == 0 and (tmp_path / "tiny-epochs1.pt").exists()
 
 
-def test_a_resumed_run_keeps_its_precision_and_leaves_that_of_others_alone(tmp_path):
-    machine = vit.Machine(torch.device("cpu"), "bfloat16", "a test", 1)
-    run = tiny_run(tmp_path)
-    run.machine = machine
-    train(run, epochs=1)
-    now = vit.set_up("cpu", "float32", 1)
-    assert tiny_run(tmp_path).machine.precision == "bfloat16" and now.precision == "float32"
+def test_kept_epochs_are_the_weights_of_their_time(tmp_path):
+    train(tiny_run(tmp_path, keep_epochs=True))
+    first, second = (vit.read_checkpoint(tmp_path / "tiny" / f"epoch{k}.pt") for k in (1, 2))
+    last = weights(tmp_path / "tiny.pt")
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert all(torch.equal(v, last[k]) for k, v in second["model"].items())
+    assert not all(torch.equal(v, last[k]) for k, v in first["model"].items())
 
 
-def test_kept_epochs_are_the_checkpoints_of_their_time(tmp_path):
-    train(tiny_run(tmp_path, epochs=1))
-    train(tiny_run(tmp_path / "kept", keep_epochs=True))
-    first, second, last = (
-        vit.read_checkpoint(tmp_path / "kept" / f"{name}.pt")
-        for name in ("tiny-epoch1", "tiny-epoch2", "tiny")
-    )
-    assert (first["epoch"], second["epoch"]) == (1, 2) and len(first["history"]["loss"]) == 1
-    assert all(torch.equal(v, last["model"][k]) for k, v in second["model"].items())
-    assert not all(torch.equal(v, last["model"][k]) for k, v in first["model"].items())
-
-
-def test_other_settings_do_not_resume_silently(tmp_path):
-    train(tiny_run(tmp_path, settings={"lr": 0.001}))
+def test_another_recipe_is_not_gone_on_with_and_a_new_option_is_no_other_recipe(tmp_path):
+    train(tiny_run(tmp_path, lr=0.001))
     with pytest.raises(SystemExit, match="tiny.pt was made with another lr: 0.001, not 1.0; add --fresh"):
-        tiny_run(tmp_path, settings={"lr": 1.0})
-    with pytest.raises(SystemExit, match="another epochs: 2, not 3 .its learning rate falls to zero"):
-        tiny_run(tmp_path, epochs=3, settings={"lr": 0.001})
-    assert tiny_run(tmp_path, settings={"lr": 1.0}, fresh=True).epoch == 0
+        tiny_run(tmp_path, lr=1.0)
+    with pytest.raises(SystemExit, match="another epochs: 2, not 3"):
+        tiny_run(tmp_path, lr=0.001, epochs=3)
+    assert tiny_run(tmp_path, lr=0.001, momentum=0.9).epoch == 2
+    assert tiny_run(tmp_path, lr=1.0, fresh=True).epoch == 0
 
 
-def edit(path):
-    path.write_text("# a comment\n" + path.read_text())
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder that vit.py takes for its own, with the file of one loaded module in it."""
-    copy = tmp_path / "project" / "vit.py"
-    copy.parent.mkdir()
-    shutil.copy(ROOT / "vit.py", copy)
-    monkeypatch.setattr(vit, "__file__", str(copy))
-    monkeypatch.setattr(vit, "SOURCES", {})
-    return copy
-
-
-def test_half_a_run_of_other_code_is_not_gone_on_with_and_a_finished_one_says_so(project, tmp_path, capsys):
+def test_half_a_run_of_other_code_is_not_gone_on_with_and_a_finished_one_says_so(
+    tmp_path, monkeypatch, capsys
+):
     train(tiny_run(tmp_path), epochs=1)
-    edit(project)
-    vit.SOURCES.clear()  # as in a new process
-    with pytest.raises(
-        SystemExit, match="vit.py has been edited since the first half of .*undo the edit, or add"
-    ):
+    train(tiny_run(tmp_path / "finished"))
+    monkeypatch.setattr(vit, "hash_of_code", lambda: "edited")
+    with pytest.raises(SystemExit, match="made with another code: .*, not 'edited'; add --fresh"):
         tiny_run(tmp_path)
-    train(tiny_run(tmp_path, fresh=True))
-    (project.parent / "other.py").write_text("x = 1")  # not loaded
-    tiny_run(tmp_path)
-    assert "finished before" in (text := capsys.readouterr().out) and "edited" not in text
-    edit(project)
-    for _ in range(2):  # also when it is asked a second time
-        vit.SOURCES.clear()
-        train(tiny_run(tmp_path))
-        text = capsys.readouterr().out
-        assert "finished before" in text and "vit.py has been edited since: --fresh" in text
+    assert tiny_run(tmp_path / "finished").epoch == 2
+    assert "was made with another code" in capsys.readouterr().out
 
 
-def test_a_file_that_is_edited_after_it_was_loaded_is_told(project):
-    """As in a notebook, which goes on with the old one."""
-    assert vit.loaded_code() == vit.loaded_code() and "vit.py" in vit.loaded_code()
-    edit(project)
-    with pytest.raises(SystemExit, match="vit.py has been edited since it was loaded; restart Python"):
-        vit.loaded_code()
+def test_the_hash_of_the_code_is_that_of_the_files_in_use():
+    before = vit.hash_of_code()
+    assert before == vit.hash_of_code() and len(before) == 12
+    found = run("-c", "import vit; a = vit.hash_of_code(); import data; print(a != vit.hash_of_code())")
+    assert found.strip() == "True"
 
 
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
@@ -478,13 +418,19 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
         "old = vit.Run.log\ndef log(self, **m):\n    old(self, **m)\n"
         "    if (self.epoch, self.batches) == (1, 2): os.kill(os.getpid(), 9)\nvit.Run.log = log\n"
         f"sys.argv = {[*line, str(tmp_path / 'killed')]!r}\n"
-        f"exec(compile(open({str(ROOT / 'ssl.py')!r}).read(), 'ssl.py', 'exec'), {{'__name__': '__main__'}})"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('stage1', {str(ROOT / 'ssl.py')!r})\n"
+        "stage1 = importlib.util.module_from_spec(spec); sys.modules['stage1'] = stage1\n"
+        "spec.loader.exec_module(stage1); import data; stage1.main()"
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert vit.read_checkpoint(tmp_path / "killed/m.pt")["epoch"] == 1
-    assert "going on after epoch 1 of 3" in call(*line, tmp_path / "killed")
-    assert "finished before" in call(*line, tmp_path / "killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            vit, "hash_of_code", lambda: vit.read_checkpoint(tmp_path / "killed/m.pt")["recipe"]["code"]
+        )
+        assert "going on after epoch 1 of 3" in call(*line, tmp_path / "killed")
     call(*line, tmp_path / "whole")
     whole, killed = (vit.read_checkpoint(tmp_path / d / "m.pt") for d in ("whole", "killed"))
     assert whole["history"] == killed["history"]
@@ -493,53 +439,40 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    vit.write_file(tmp_path / "f", b"old")
+    def write(content):
+        with vit.whole_file(tmp_path / "f") as file:
+            file.write(content)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    write(b"old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="No space left"):
-        vit.write_file(tmp_path / "f", b"new")
+        write(b"new")
     assert (tmp_path / "f").read_bytes() == b"old" and list(tmp_path.iterdir()) == [tmp_path / "f"]
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    with filelock.FileLock(tmp_path / ".lock"):
-        assert "another run is working in" in call("analysis.py", "report", "--out", tmp_path, code=1)
+def test_an_error_while_a_file_is_composed_leaves_the_old_one(tmp_path):
+    (tmp_path / "f").write_bytes(b"old")
+    with pytest.raises(KeyError), vit.whole_file(tmp_path / "f") as file:
+        file.write(b"half")
+        raise KeyError
+    assert (tmp_path / "f").read_bytes() == b"old"
 
 
-def test_a_gpu_without_kernels_in_this_torch_is_left_alone(monkeypatch, capsys):
-    """As an old card that CUDA lists: it fails at the first kernel. Asked for by name, it gets one
-    sentence."""
-
-    def zeros(*shape, device="cpu", zeros=torch.zeros):
-        if device == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-        return zeros(*shape, device=device)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", zeros)
-    assert vit.set_up("auto", "float32").device.type == "cpu"
-    assert "no kernel image" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="'cuda' can't be used here .*no kernel image.*try --device cpu"):
-        vit.set_up("cuda", "float32")
+# ------------------------------------------------------------------------------------ device and precision
 
 
-def test_under_torchrun_a_gpu_that_is_not_there_ends_every_process_with_a_sentence(monkeypatch):
-    """More processes than GPUs: a second one that went on on the CPU would let the first wait for ever."""
+def test_a_gpu_without_kernels_in_this_torch_gets_one_sentence(monkeypatch, tmp_path):
+    """As an old card that CUDA lists: it fails at the first kernel."""
 
     def zeros(*shape, device="cpu", zeros=torch.zeros):
-        if device == "cuda:1":
-            raise RuntimeError("CUDA error: invalid device ordinal")
-        return zeros(*shape, device="cpu")
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(vit, "PROCESSES", 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(SystemExit, match="'cuda:1' can't be used here .*ordinal.*fewer processes"):
-        vit.find_device("auto")
+    with pytest.raises(SystemExit, match="'cuda' can't be used .*no kernel image.*try --device cpu"):
+        vit.set_up(options(tmp_path, device="cuda"))
 
 
 def test_float32_on_a_gpu_is_float32():
@@ -548,50 +481,55 @@ def test_float32_on_a_gpu_is_float32():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_disk_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch):
-    def acquire(*_, **__):
-        raise NotImplementedError("FileSystem does not appear to support flock")
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
-    text = call("analysis.py", "report", "--out", tmp_path, code=1)
-    assert "knows no locks" in text and "no rows" in text
-
-
-def test_a_stage_gives_its_folder_back_when_it_ends(tmp_path):
-    """In a notebook, whose process lives on after %run."""
-    call("analysis.py", "report", "--out", tmp_path, code=1)
-    filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
-
-
-def test_a_broken_results_file_gets_one_sentence(tmp_path):
-    (tmp_path / "results.json").write_text('{"rows": {')
-    assert "is no JSON any more" in call("analysis.py", "report", "--out", tmp_path, code=1)
+@pytest.mark.parametrize(
+    "flags, found", [("avx2 avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")]
+)
+def test_a_cpu_computes_in_bfloat16_if_its_flags_say_so(tmp_path, monkeypatch, flags, found):
+    """Not by a race, which on a busy machine ends now so, now so."""
+    monkeypatch.setattr(vit.pathlib.Path, "read_text", lambda _: f"flags : fpu {flags} sse")
+    monkeypatch.setattr(vit.pathlib.Path, "exists", lambda _: True)
+    args = options(tmp_path, precision="auto")
+    _, autocast = vit.set_up(args)
+    with autocast:
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, found)
+    assert args.precision == found
 
 
-def test_a_process_that_is_not_the_first_says_why_it_fails(tmp_path):
-    second = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}
-    assert "no training stage" in run("analysis.py", "report", "--out", tmp_path, code=1, env=second)
+# ------------------------------------------------------------------------------------ checkpoints
 
 
-def test_progress_lines_fit_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(vit.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
-    monkeypatch.setattr(vit.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(vit.time, "perf_counter", iter([0.0, 2.0, 4.0]).__next__)
-    progress = vit.Progress("pieces", 400)
-    progress.done = 8
-    progress.show("x" * 200)
-    progress.advance(392)
-    line = "400 of 400  100 pieces/s  0:00 left"
-    assert capsys.readouterr().out == "\r" + "x" * 79 + "\r" + f"{line:<79}" + "\n"
+@pytest.mark.parametrize(
+    "content, message", [(None, "there is no"), (b"no", "damaged, or no"), ({}, "damaged, or no")]
+)
+def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, message):
+    path = tmp_path / "c.pt"
+    if isinstance(content, dict):
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"c.pt: {message} checkpoint"):
+        vit.read_checkpoint(path)
 
 
-@pytest.mark.parametrize("left, text", [(59.6, "1:00"), (0, "0:00"), (3599.7, "60:00"), (83, "1:23")])
-def test_minutes_have_sixty_seconds(left, text, monkeypatch, capsys):
-    monkeypatch.setattr(vit.time, "perf_counter", iter([0.0, 1.0]).__next__)
-    progress = vit.Progress("pieces", 1 + left)
-    progress.done = 1
-    progress.show("tea", last=True)
-    assert capsys.readouterr().out == f"tea  1 pieces/s  {text} left\n"
+def test_weights_of_a_network_that_was_edited_since_name_what_is_missing(tmp_path):
+    """A layer more, the first thing that a student tries."""
+    edited = vit.ViT(32, 8, 32, depth=1)
+    before = {"encoder." + name: x for name, x in edited.state_dict().items() if "norm2" not in name}
+    torch.save({"model": before, "config": edited.config, "epoch": 1, "recipe": {}}, tmp_path / "old.pt")
+    few = ["--data", "synthetic", "--limit", 20, "--device", "cpu", "--out", tmp_path]
+    text = call("ssl.py", "probe", "--checkpoint", tmp_path / "old.pt", *few, code=1)
+    assert re.search("blocks.0.norm2.weight(.|\n)*undo the edit, or train anew", text)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"config": Evil(), "model": {}, "epoch": 1, "recipe": {}}, tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="damaged, or no checkpoint"):
+        vit.read_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_help_works_without_docstrings():
@@ -608,79 +546,7 @@ for name in ("data.py", "ssl.py", "analysis.py"):
     assert run("-OO", "-c", program).count("usage:") == 3
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [(None, "no checkpoint"), (b"not a checkpoint", "can't be read"), ("foreign", "can't be read")],
-)
-def test_missing_and_foreign_checkpoints_get_one_sentence(tmp_path, content, message):
-    path = tmp_path / "c.pt"
-    if content == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
-    elif content:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit, match=message):
-        vit.read_checkpoint(path)
-
-
-def test_weights_of_a_network_that_was_edited_since_get_one_sentence(tmp_path):
-    """A layer more, the first thing that a student tries."""
-    edited = vit.ViT(32, 8, 32, depth=1)
-    before = {"encoder." + name: x for name, x in edited.state_dict().items() if "norm2" not in name}
-    state = {"model": before, "config": edited.config, "epoch": 1, "settings": {}}
-    torch.save(state, tmp_path / "old.pt")
-    with pytest.raises(SystemExit, match="another network .*blocks.0.norm2.weight.*--fresh"):
-        vit.load_encoder(tmp_path / "old.pt")
-    wider = nn.Linear(3, 2)
-    with pytest.raises(SystemExit, match="another network .*size mismatch for weight"):
-        vit.load_weights(wider, nn.Linear(4, 2).state_dict(), "old.pt")
-
-
-def test_a_checkpoint_never_runs_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
-
-    torch.save({"config": Evil(), "model": {}, "epoch": 1}, tmp_path / "c.pt")
-    with pytest.raises(SystemExit, match="can't be read"):
-        vit.read_checkpoint(tmp_path / "c.pt")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_the_faster_precision_is_the_one_whose_product_takes_less_time(monkeypatch):
-    """On a clock that we set: a product costs so many seconds in either precision. And the choice draws no
-    random number."""
-    cost, now = {torch.float32: 3.0, torch.bfloat16: 1.0}, [0.0]
-
-    def product(a, b, matmul=torch.Tensor.__matmul__):
-        result = matmul(a, b)
-        now[0] += cost[result.dtype]
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    monkeypatch.setattr(vit.time, "thread_time", lambda: now[0])
-    before = torch.get_rng_state()
-    assert vit.faster_precision(torch.device("cpu")) == ("bfloat16", "3.0 times as fast as float32 here")
-    cost[torch.bfloat16] = 75.0
-    assert vit.faster_precision(torch.device("cpu")) == ("float32", "25.0 times as fast as bfloat16 here")
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_gpu_takes_float32_every_time_and_autocast_is_left_alone(monkeypatch, device):
-    """A trial chose now this, now that (4 of 20 starts on an H100): one run's rows would be of both.
-    Not every device knows autocast, even disabled: MPS before macOS 14 raises TypeError."""
-    monkeypatch.delattr(torch, "autocast")
-    precision, _ = vit.faster_precision(torch.device(device))
-    assert precision == "float32"
-    with vit.Machine(torch.device("cpu"), precision, "", 0).autocast():
-        torch.ones(2, 2) @ torch.ones(2, 2)
-
-
-def test_choosing_the_precision_takes_less_than_a_third_of_a_second_and_leaves_the_threads_as_they_were():
-    threads, start = torch.get_num_threads(), time.thread_time()
-    vit.faster_precision(torch.device("cpu"))
-    assert time.thread_time() - start < 0.3 and torch.get_num_threads() == threads
-
-
-def test_a_device_that_is_not_there_gets_one_sentence(tmp_path):
-    assert "can't be used here" in call("ssl.py", "finetune", "--device", "xpu:9", "--out", tmp_path, code=1)
+def test_a_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
+    """Which the shell leaves as it is: a folder called ~ would be one slip from `rm -r ~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert vit.common_options().parse_args(["--out=~/x"]).out == f"{tmp_path}/x"
