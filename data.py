@@ -1,15 +1,13 @@
 """From disk to a batch on the device: augmentation, patch masking and rotation, samplers, CIFAR-10.
 
-Part 1, augmentation:               crop and flip; SimCLR's random-resized crop and colours
-Part 2, patches:                    patchify, unpatchify, patch_augment (Model M's task)
-Part 3, batches:                    shuffled batches, SameClassBatchSampler
-Part 4, which images:               load, source (the one place to change for other images)
-Part 5, disk and network (may be skipped):   download, unpack, check; the synthetic stand-in
+Part 1, augmentation:      crop and flip; SimCLR's random-resized crop and colours
+Part 2, patches:           patchify, unpatchify, patch_augment (Model M's task)
+Part 3, batches:           shuffled batches, SameClassBatchSampler
+Part 4, which images:      load, source (the one place to change for other images)
+Part 5 (may be skipped):   download, unpack, check; the synthetic stand-in
 
-A split lives on the device as one uint8 tensor (all three: 180 MB), and every augmentation is a few tensor
-operations on the whole batch, so there are no worker processes, and no batch is copied to a GPU.
-
-Depends on torch and numpy: copy this file alone.
+A split lives on the device as one uint8 tensor, and every augmentation is a few tensor operations on the
+whole batch, so there are no worker processes. Depends on torch and numpy: copy this file alone.
 
     python data.py --data data    # fetch CIFAR-10 into data/ and check it
 
@@ -22,6 +20,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -40,21 +39,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 # ---------------------------------------------------------------- Part 1: augmentation
-# Every function works on a whole batch and draws from one generator.
 
 
 def uniform(like: Tensor, low: float, high: float, generator: Generator | None, *shape: int) -> Tensor:
-    """Numbers between low and high, [B, *shape], on the device of `like` [B, ...]."""
+    """Random numbers from low to high, [B, *shape], on the device of `like` [B, ...]."""
     return low + (high - low) * torch.rand(len(like), *shape, device=like.device, generator=generator)
 
 
 def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) -> Tensor:
     """Random shift by up to `pad` pixels (4, as in He et al. 2016, section 4.2) with reflection at the
-    border, and a random mirror image.
-
-    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1].
-    Nothing is padded or cropped: each output row and column looks up the input row and column it comes from.
-    """
+    border, and a random mirror image: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. Nothing is padded
+    or cropped: each output row and column looks up the input row and column it comes from."""
     B, _, S, _ = images.shape
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
     at = torch.arange(S, device=images.device) + shift  # [2, B, S], from -pad to S - 1 + pad
@@ -67,11 +62,9 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) 
 
 
 def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
-    """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored.
-
-    images: uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A,
-    which crops down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)
-    """
+    """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored:
+    uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A, which crops
+    down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)"""
     area = uniform(images, *scale, generator)
     ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
     # one rectangle in six is wider or higher than the image, and is cut to it (torchvision draws again)
@@ -94,10 +87,9 @@ def colour_jitter(images: Tensor, generator: Generator | None = None, strength: 
     as for ImageNet (appendix A). Without it two crops of an image could mostly be told by their colours, and
     less would be learned (section 3.1: crops alone still teach something).
 
-    Not quite torchvision's ColorJitter: the hue is turned in YIQ instead of HSV, contrast comes last and is
-    about the mean of all channels, and values are clamped once. All but contrast then are linear in a pixel's
-    colour, so each image gets one 3x3 matrix. In YIQ a colour is its brightness Y and a point (I, Q) of the
-    colour plane; saturation scales that point, hue turns it.
+    Not quite torchvision's ColorJitter: the hue is turned in YIQ, not HSV, and contrast comes last. All but
+    contrast then are linear in a pixel's colour, so each image gets one 3x3 matrix. In YIQ a colour is its
+    brightness Y and a point (I, Q) of the colour plane; saturation scales that point, hue turns it.
     """
     distorted = (uniform(images, 0, 1, generator) < 0.8).float()  # [B]
     grey = uniform(images, 0, 1, generator) < 0.2  # [B]
@@ -136,10 +128,8 @@ def contrastive_view(images: Tensor, generator: Generator | None = None) -> Tens
 
 
 def patchify(images: Tensor, patch: int = 8) -> Tensor:
-    """[B, C, S, S] -> [B, N, C, P, P], patches row by row. The exact inverse of `unpatchify`.
-
-    Raises ValueError when the images are not square or not a whole number of patches.
-    """
+    """[B, C, S, S] -> [B, N, C, P, P], patches row by row. Raises ValueError when the images are not square
+    or not a whole number of patches."""
     if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] % patch:
         raise ValueError(f"images {list(images.shape)} are not [B, C, S, S] with S a multiple of {patch}")
     B, C, S, _ = images.shape
@@ -149,14 +139,9 @@ def patchify(images: Tensor, patch: int = 8) -> Tensor:
 
 
 def unpatchify(patches: Tensor) -> Tensor:
-    """[B, N, C, P, P] -> [B, C, S, S]. The exact inverse of `patchify`.
-
-    Raises ValueError when N patches don't make a square.
-    """
+    """[B, N, C, P, P] -> [B, C, S, S], the inverse of `patchify`."""
     B, N, C, P, _ = patches.shape
     side = math.isqrt(N)
-    if side * side != N:
-        raise ValueError(f"{N} patches don't make a square image")
     x = patches.reshape(B, side, side, C, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, C, row, P, column, P]
     return x.reshape(B, C, side * P, side * P)
 
@@ -218,11 +203,10 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         DataLoader(dataset, batch_sampler=sampler)      # or, with everything on the device:
         for index in sampler: frames = images[index]
 
-    labels: [n], a tensor, an array or a list (torchvision's `targets`). Each epoch shuffles within each
-    class and then the order of the batches, by (seed, epoch). Iterating begins the next epoch by itself;
+    labels: [n], a tensor, an array or a list. Each epoch shuffles within each class; the classes take turns,
+    in an order that is drawn anew each time (by seed and epoch). Iterating begins the next epoch by itself;
     after a resume say with `set_epoch` which one is next. No index comes twice in an epoch; of each class a
-    rest smaller than `batch` is dropped, another one each epoch. Raises ValueError when a class has fewer
-    than `batch` images.
+    rest smaller than `batch` is dropped. Raises ValueError when a class has fewer than `batch` images.
     """
 
     def __init__(self, labels: Tensor | np.ndarray | list[int], batch: int = 16, seed: int = 0):
@@ -241,15 +225,15 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         return sum(len(m) // self.batch for m in self.members)
 
     def __iter__(self):
-        # far apart, so that no epoch of one seed is an epoch of another
-        g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)  # no epoch of one seed is another's
         self.epoch += 1
-        batches = []
+        batches = []  # of each class
         for m in self.members:
             m = m[torch.randperm(len(m), generator=g)]
-            batches += m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist()
-        for i in torch.randperm(len(batches), generator=g).tolist():
-            yield batches[i]
+            batches.append(m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist())
+        for turn in itertools.zip_longest(*batches):  # one batch of each class that has one left
+            order = torch.randperm(len(turn), generator=g).tolist()
+            yield from (turn[k] for k in order if turn[k])
 
 
 # ---------------------------------------------------------------- Part 4: which images
@@ -279,19 +263,16 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     validation   5,000, held out of the official training set, always the same: choose with these
     test        10,000, the official test set: for the final number only
 
-    `data`: see `source`; `limit` keeps so many images (None: all). Raises ValueError for another split.
+    `data`: see `source`; `limit` keeps so many images (None: all).
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"split must be train, validation or test, not {split!r}")
     images, labels = source(data).read(split, limit)
     return images.to(device), labels.to(device)
 
 
 # ---------------------------------------------------------------- Part 5: disk and network
-# Nothing below is about learning: CIFAR-10 from the network and from its files; shapes drawn in its place.
+# Nothing below is about learning.
 
-# the binary version: labels and pixels, no pickle
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # labels and pixels, no pickle
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
 TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
@@ -303,10 +284,8 @@ NO_NETWORK = 3  # exit code: run_all.sh then goes on with drawn shapes, but afte
 
 
 def fetch(folder: pathlib.Path, url: str = URL, sha256: str = SHA256) -> None:
-    """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all.
-
-    Raises SystemExit with one sentence: no network, no space, not the file.
-    """
+    """Download, check, unpack: folder/cifar-10-batches-bin appears last, complete or not at all. SystemExit
+    with one sentence: no network, no space, not the file."""
     archive, part = folder / "cifar-10-binary.tar.gz", folder / (FOLDER + ".part")
     socket.setdefaulttimeout(10)
     try:
@@ -340,17 +319,13 @@ def find(data: str) -> pathlib.Path:
 
 
 def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order.
-
-    Raises SystemExit with one sentence where a file is missing or damaged.
-    """
+    """Read CIFAR-10 binary files: images uint8 [n, 3, 32, 32] and labels int64 [n], in file order. SystemExit
+    with one sentence where a file is missing or damaged."""
     advice = f"`python data.py --data {folder.parent}` fetches CIFAR-10, --data synthetic draws shapes"
-    if not folder.exists():
-        sys.exit(f"there is no folder {folder}; {advice}")
     records = []
     for path in [folder / name for name in names]:
         if not path.exists() or path.stat().st_size != 10_000 * RECORD:
-            sys.exit(f"{path} is missing or damaged; delete {folder}, then {advice}")
+            sys.exit(f"{path} is missing or damaged; delete {folder}, if it is there, then {advice}")
         records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
     if records[:, 0].max() >= len(CLASSES):
@@ -360,13 +335,10 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor
 
 def read_cifar10(folder: pathlib.Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """One split of the .bin files in `folder`, as `load`."""
-    if split == "test":
-        images, labels = read_batches(folder, ["test_batch.bin"])
-        return images[:limit], labels[:limit]
-    images, labels = read_batches(folder, TRAIN_FILES)
     order = torch.randperm(50_000, generator=Generator().manual_seed(0))
-    part = {"train": order[:45_000], "validation": order[45_000:]}[split][:limit]
-    return images[part], labels[part]
+    parts = {"train": order[:45_000], "validation": order[45_000:], "test": torch.arange(10_000)}
+    images, labels = read_batches(folder, ["test_batch.bin"] if split == "test" else TRAIN_FILES)
+    return images[parts[split][:limit]], labels[parts[split][:limit]]
 
 
 def read_synthetic(split: str, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -385,9 +357,7 @@ def provenance(folder: pathlib.Path) -> str:
 
 def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:
     """Ten shapes to stand in for CIFAR-10's classes: images uint8 [n, 3, size, size], labels int64 [n].
-
-    Colours, place, size and angle have nothing to do with the class, so pixel values say little about it.
-    """
+    Colours, place, size and angle have nothing to do with the class, so pixel values say little about it."""
     g = Generator().manual_seed(seed)
     labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
     angle, scale, left, top = torch.rand(4, number, 1, 1, generator=g)
@@ -415,16 +385,14 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="fetch CIFAR-10 and check it")
-    where = "where cifar-10-batches-bin is, or shall be (default: %(default)s)"
-    parser.add_argument("--data", type=os.path.expanduser, default="data", help=where)
+    parser = argparse.ArgumentParser(description="fetch CIFAR-10 into a folder and check it")
+    parser.add_argument("--data", type=os.path.expanduser, default="data", help="default: %(default)s")
     args = parser.parse_args()
     if source(args.data).name == "cifar10" and not find(args.data).exists():
         fetch(find(args.data).parent)
     for split in ("train", "validation", "test"):
         images, labels = load(args.data, split)
-        counts = labels.bincount()
-        print(f"{split}: {len(images):,} images, {counts.min()} to {counts.max()} per class")
+        print(f"{split}: {len(images):,} images, by class {labels.bincount().tolist()}")
     print(f"{args.data}: {source(args.data).provenance}")
 
 

@@ -59,7 +59,7 @@ if ! has_all python; then
   fi
   export PATH="$PWD/.venv/bin:$PATH"
 fi
-export PYTHONIOENCODING=:replace  # a terminal that can't show a letter shows a question mark
+enc=${PYTHONIOENCODING:-}; export PYTHONIOENCODING=${enc%%:*}:replace  # a terminal that can't show a letter shows a question mark
 if [ "$profile" = test ]; then exec python -m pytest -q tests; fi
 
 # ---------------------------------------------------------------- profile, images, folder

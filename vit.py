@@ -10,8 +10,8 @@ Depends on torch alone (a training Run also on tqdm): copy this file and use `Vi
 
 Papers: Vaswani et al. 2017 (attention), Dosovitskiy et al. 2021 (ViT), Xiong et al. 2020 (pre-norm), Jordan
 et al. 2024 (Muon; kellerjordan.github.io/posts/muon), Liu et al. 2025 (its step's length; arXiv 2502.16982).
-Shape letters, here and in every file: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes, P
-patch size in pixels, S image size in pixels, C channels (3; in video.py: clips).
+Shape letters everywhere: B batch, T tokens = 1 + N, N patches, D width, H heads, K classes, P patch size, S
+image size in pixels, C channels (in video.py: clips).
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # three projections side by side: one big matmul is faster
         self.proj = nn.Linear(dim, dim)
@@ -110,8 +108,7 @@ class ViT(nn.Module):
     attention by itself doesn't know where a token came from.
 
     The default is as large as a laptop trains in minutes: 16 patches (the report's), 17 tokens, width 128, 6
-    blocks, 4 heads of 32 dimensions, 1.2 M parameters. Width 192 was tried and brings little; smaller patches
-    bring much, at four times the cost (README.md, exercise 3).
+    blocks, 4 heads of 32 dimensions, 1.2 M parameters. Smaller patches bring much, at four times the cost.
     """
 
     def __init__(self, image_size=32, patch_size=8, dim=128, depth=6, heads=4, channels=3):
@@ -133,9 +130,7 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """What the first block reads: images [B, C, S, S] in [0, 1] -> tokens [B, 1 + N, D], CLS first.
-
-        Raises ValueError for images of another size than the encoder was made for.
-        """
+        Raises ValueError for images of another size than the encoder was made for."""
         size, channels = self.config["image_size"], self.config["channels"]
         if images.shape[1:] != (channels, size, size):
             raise ValueError(f"images {list(images.shape)} are not [B, {channels}, {size}, {size}]")
@@ -193,8 +188,7 @@ class Contrastive(nn.Module):
 
     The loss asks that views of an image look alike, so whatever tells them apart (colour, place) is to be
     forgotten. The projector, an MLP that is thrown away afterwards, forgets it, so that the encoder need not
-    (SimCLR, section 4.2, which also finds that the number of outputs hardly matters; 512 inside is the width
-    of our MLPs at D = 128).
+    (SimCLR, section 4.2). 512 is the width of our MLPs at D = 128; neither number was tuned.
     """
 
     def __init__(self, encoder: ViT):
@@ -245,21 +239,16 @@ class Classifier(nn.Module):
 # and a p that drives every s in (0, 1] towards 1 will do; it costs three matrix products a time. The textbook
 # one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) = 1.9 s for small s). Jordan's
 # coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002; the
-# price is that they end between 0.7 and 1.2 instead of at 1. With three or four times the small ones stay
-# small: three cost 3.5 points in a trial (results/tuning.md).
+# price is that they end between 0.7 and 1.2 instead of at 1.
 #
 # Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
 # and positions (tables of vectors), and the heads, each of whose outputs has a meaning of its own. Jordan et
-# al. leave the input layer to AdamW, too. Ours, the patch embedding, is a map from pixels like any other, and
-# by Muon it brought 3.5 points more. The projector, thrown away later, counts as a head.
+# al. leave the input layer to AdamW, too; ours, the patch embedding, is a map from pixels like any other.
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """U V^T of every matrix U S V^T, nearly: [n, rows, columns] -> the same, singular values about 1.
-
-    The coefficients and five iterations are those of Jordan et al. 2024. Pass matrices that are wider than
-    high (rows <= columns; else transpose them): the products are then smaller.
-    """
+    """U V^T of every matrix U S V^T, nearly: [n, rows, columns] -> the same, singular values about 1 (Jordan
+    et al. 2024, coefficients and iterations). With rows <= columns the products are smaller."""
     a, b, c = 3.4445, -4.7750, 2.0315
     # no singular value exceeds the Frobenius norm, so all are in [0, 1] now; 1e-7: a gradient may be zero
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -277,16 +266,13 @@ class Muon(torch.optim.AdamW):
         W <- W - lr decay W - lr 0.2 sqrt(max(rows, columns)) U V^T
 
     U and V^T are those of M one step ahead, momentum M + (1 - momentum) gradient once more (Nesterov). A
-    momentum of 0.95, a mean over about twenty steps, is Jordan's choice and was not tuned here.
+    momentum of 0.95, a mean over about twenty steps, is Jordan's choice. An entry of U V^T is about 1 /
+    sqrt(max(rows, columns)) large; the factor in front makes it 0.2, about the root mean square of an AdamW
+    step's entries (Liu et al. 2025, section 2.2), so that the two can share a learning rate and a decay.
 
-    All entries of U V^T together have the length sqrt(min(rows, columns)), so one of them is about 1 /
-    sqrt(max(rows, columns)) large; the factor in front makes it 0.2, which is about the root mean square of
-    an AdamW step's entries (Liu et al. 2025, section 2.2). So the two can share a learning rate and a decay.
-
-    Parameter groups with the key `parts` are stepped by Muon, all others by AdamW. A parameter [rows, ...]
-    counts as one matrix: a convolution that embeds patches, [D, C, P, P], as [D, C*P*P]. `parts` says that a
-    group's weights are so many matrices on top of each other (a qkv: 3), each a map of its own. `precision`:
-    of the iterations.
+    Parameter groups with the key `parts` are stepped by Muon, all others by AdamW. Its weights are so many
+    matrices on top of each other (a qkv: 3), each a map of its own; [rows, ...] counts as one matrix, a patch
+    embedding [D, C, P, P] as [D, C*P*P]. `precision`: of the iterations.
     """
 
     def __init__(self, groups, lr, momentum=0.95, precision=torch.float32, **adamw):
@@ -303,8 +289,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step_matrices(self, groups: list[dict]) -> None:
-        """Muon's part of a step. Matrices of one shape are iterated together: few large products instead of
-        many small ones."""
+        """Muon's part. Matrices of one shape are iterated together: few large products, not many small."""
         alike = {}  # shape, scale -> (weight, direction) of all matrices that have these
         for group in groups:
             for p in [p for p in group["params"] if p.grad is not None]:
@@ -326,24 +311,21 @@ class Muon(torch.optim.AdamW):
                 w.sub_(step, alpha=scale)
 
 
-# the weights inside a network, by where they are: in our networks' blocks, and in those of transformers' BLIP
-# (layers, layer) and open_clip's CLIP (resblocks)
+# the weights inside a network, by where they are: in our blocks, in BLIP's layers, in CLIP's resblocks
 INSIDE = re.compile(r"(^|\.)(blocks?|temporal|layers?|resblocks|patch_embedding)\.")
-# weights that are several matrices on top of each other
-PARTS = {".qkv.weight": 3, ".in_proj_weight": 3, ".kv.weight": 2}
-# rows are looked up in these, not multiplied
+PARTS = {".qkv.weight": 3, ".in_proj_weight": 3, ".kv.weight": 2}  # several matrices on top of each other
+# of these, rows are looked up, not multiplied
 TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|token)_embedding")
 
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, precision: str = "float32"):
-    """A model's optimiser: "muon" (with AdamW for what is no matrix inside the network) or "adamw" (for all).
-    `precision`: "float32" or "bfloat16", of Muon's iterations. Another, say `torch.optim.SGD(
-    model.parameters(), lr)`, can stand in place of the call: schedule, checkpoint and resume take any.
+    """A model's optimiser, "muon" or "adamw" (for all weights); `precision`: of Muon's iterations. Any other,
+    say `torch.optim.SGD(model.parameters(), lr)`, may stand in place of the call.
 
     Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
     and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
-    0.99, instead of 0.999, forgets old gradients within a hundred steps, as short trainings need. Neither
-    was tuned. Raises ValueError for "muon" where no weight is inside by its name.
+    0.99 forgets old gradients within a hundred steps, as short trainings need. Neither was tuned. Raises
+    ValueError for "muon" where no weight is inside by its name.
     """
     inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
     for name, p in model.named_parameters():
@@ -365,30 +347,24 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
 
 def triangle(step: int, total: int, warmup: float) -> float:
     """The share of the peak learning rate in this step, counted from 0, of `total`: a line up over the first
-    share `warmup` of them, then a line down to zero (Defazio et al. 2023, arXiv 2310.07831).
-
-    Up, as a mean over few gradients is no mean yet (as pre-norm needs no long rise, its length hardly
-    matters); down, as a network that takes full steps to the end is still being thrown about when it is
-    stopped. Half a cosine down is a point or two worse in short trainings (results/tuning.md).
-    """
+    share `warmup`, as a mean over few gradients is no mean yet; then a line down to zero, as a network that
+    takes full steps to the end is still being thrown about when it is stopped (Defazio et al. 2023, arXiv
+    2310.07831; half a cosine down is a point or two worse in short trainings, results/tuning.md)."""
     rise = warmup * total
     up, down = (step + 1) / (rise + 1), (total - step) / max(1, total - rise)
     return max(0.0, min(up, down))
 
 
 def fit_linear(x: Tensor, y: Tensor, decay: float, classes: int = 10) -> nn.Linear:
-    """Multinomial logistic regression of labels y [n] on features x [n, D].
-
-    The problem is convex, so L-BFGS on all images at once heads for the one answer, from wherever it starts
-    (zero), and with no learning rate to choose. It stops after 100 iterations.
-    """
+    """Multinomial logistic regression of labels y [n] on features x [n, D]. The problem is convex, so L-BFGS
+    on all images at once heads for the one answer, with no learning rate to choose."""
     layer = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
-        """The loss, and its gradient: L-BFGS asks for them wherever its line search looks."""
+        """The loss, and its gradient, wherever L-BFGS' line search looks."""
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
         loss.backward()
@@ -411,8 +387,8 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 def set_up(args: argparse.Namespace):
     """Choose device and precision where they are "auto", and write them into args; seed what draws initial
-    weights -> the device, and a context in which matmuls run in that precision (weights and residual stream
-    stay float32). SystemExit where the device can't be used.
+    weights -> the device, and a context in which matmuls run in that precision. SystemExit where the device
+    can't be used.
 
     bfloat16 is 2 to 3 times faster on CPUs that compute in it, and up to 30 times slower on all others. On a
     GPU it is not the arithmetic of so small a network that takes time, but the launching of kernels.
@@ -428,7 +404,7 @@ def set_up(args: argparse.Namespace):
     if PROCESSES > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()
     if args.precision == "auto":
         cpuinfo = pathlib.Path("/proc/cpuinfo")  # Linux's
         flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
@@ -450,8 +426,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The parts x [B, ...] of all processes, joined. Each process computes the loss of all of them; the
-    gradient that its own part gets is the sum of what all processes make of it."""
+    """The parts x [B, ...] of all processes, joined; each part's gradient is the sum of all processes'."""
     if PROCESSES == 1:
         return x
     from torch.distributed.nn.functional import all_gather
@@ -477,8 +452,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 @contextlib.contextmanager
 def whole_file(path: str | pathlib.Path):
-    """`with whole_file(path) as file:` writes all of a file or nothing. One that is half written, by a kill
-    or a full disk, would be taken for a whole one by the next command."""
+    """Of a file, write all or nothing: what a kill or a full disk leaves would be taken for a whole one."""
     buffer, path = io.BytesIO(), pathlib.Path(path)
     yield buffer
     if RANK > 0:
@@ -527,9 +501,6 @@ def load_encoder(path: str | pathlib.Path, size: int | None = None) -> ViT:
     return encoder
 
 
-# ---------------------------------------------------------------- a training run
-
-
 def recipe_of(args: argparse.Namespace, images: Tensor, labels: Tensor, start: str | None = None) -> dict:
     """What makes a run what it is: its options, less those that leave the weights alone; the training images
     and the weights in the checkpoint `start`, by their contents, not by their names; and the code."""
@@ -541,23 +512,17 @@ def recipe_of(args: argparse.Namespace, images: Tensor, labels: Tensor, start: s
 
 def hash_of_code() -> str:
     """A short hash of all .py files of this folder that are in use."""
-    files = {pathlib.Path(getattr(m, "__file__", None) or "none").absolute() for m in [*sys.modules.values()]}
-    here = pathlib.Path(__file__).absolute().parent
-    return hash_of(*(file.read_bytes() for file in sorted(files) if file.parent == here and file.is_file()))
+    used = {os.path.abspath(getattr(module, "__file__", None) or "") for module in [*sys.modules.values()]}
+    here = pathlib.Path(os.path.abspath(__file__)).parent
+    return hash_of(*(file.read_bytes() for file in sorted(here.glob("*.py")) if str(file) in used))
 
 
 class Run:
-    """One training run, which can be stopped at any moment and goes on when the same command is typed again.
-
-        run = Run(...)                                 # goes on from out/NAME.pt, where there is one
-        for _ in range(run.epoch, args.epochs):        # none, where it is finished
-            for ... : ...; run.log(loss=loss)          # a step: what the loop does, and its numbers
-            run.save()                                 # an epoch: the numbers' means; the checkpoint
-
-    A resumed run draws the same numbers as one that was not interrupted; on a CPU its weights are the same
-    bit by bit. `recipe` says what makes it another run, which is not gone on with; `steps`: of an epoch. To
-    stop early, `break` at the top of an epoch by what `run.history` says, which a resumed run has, too.
-    """
+    """One training run, which can be stopped at any moment and goes on when the same command is typed again:
+    made, it goes on from out/NAME.pt, where there is one, after its `epoch`. A resumed run draws the same
+    numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. `recipe` is what
+    makes it another run; `steps`: of an epoch. To stop early, `break` at the top of an epoch by what
+    `history` says, which a resumed run has, too."""
 
     def __init__(self, args, name: str, model: nn.Module, optimizer, schedule, steps: int, recipe: dict):
         from tqdm import tqdm
@@ -575,8 +540,8 @@ class Run:
             self.path.unlink(missing_ok=True)
         if self.path.exists():
             self.resume()
-        left, silent = (args.epochs - self.epoch) * steps, RANK > 0 or not sys.stderr.isatty()
-        self.progress = tqdm(total=left, desc=name, unit="step", leave=False, disable=silent, mininterval=1)
+        left = (args.epochs - self.epoch) * steps
+        self.progress = tqdm(total=left, desc=name, leave=False, disable=RANK > 0 or None, mininterval=1)
         self.sums, self.batches, self.started = {}, 0, time.perf_counter()  # of the epoch so far
 
     def resume(self) -> None:
@@ -584,12 +549,11 @@ class Run:
         state = read_checkpoint(self.path)
         finished = state["epoch"] >= self.args.epochs
         for key, before in state["recipe"].items():  # an option that the code has only now has its default
-            if (now := self.recipe.get(key, before)) == before:
-                continue
-            if not finished or key not in ("code", "device", "precision"):
+            if (now := self.recipe.get(key, before)) != before:
                 other = f"{self.path} was made with another {key}: {before!r}, not {now!r}"
-                sys.exit(f"{other}; add --fresh to start over, or choose another --name")
-            print(f"{self.path} was made with another {key}: {before!r}; --fresh trains anew")
+                if not finished or key not in ("code", "device", "precision"):
+                    sys.exit(f"{other}; add --fresh to start over, or choose another --name")
+                print(f"{other}; --fresh trains anew")
         self.model.load_state_dict(state["model"])
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
         if finished:
@@ -604,7 +568,7 @@ class Run:
         for key, value in metrics.items():
             self.sums[key] = self.sums.get(key, 0) + torch.as_tensor(value).detach().float()
         self.batches += 1
-        if self.progress.update():  # the bar is drawn once a second: reading numbers makes a GPU wait
+        if self.progress.update():  # once a second, as it is drawn: reading numbers makes a GPU wait
             self.progress.set_postfix(self.means(), refresh=False)
 
     def means(self) -> dict[str, float]:
@@ -612,8 +576,8 @@ class Run:
         return {key: (total / self.batches).item() for key, total in self.sums.items()}
 
     def save(self, **metrics: float) -> None:
-        """End an epoch: keep and print its means and `metrics`; write the checkpoint. SystemExit, before
-        anything is written, where the weights are not finite."""
+        """End an epoch: print its means and `metrics`, write the checkpoint. SystemExit, and none is written,
+        where the weights are not finite."""
         metrics = self.means() | {key: float(value) for key, value in metrics.items()}
         if not all(p.isfinite().all() for p in self.model.parameters()):
             why = f"{self.name}: the weights are not finite after epoch {self.epoch + 1}, which is not kept"
@@ -628,9 +592,9 @@ class Run:
         self.progress.clear()
         print(line, flush=True)
 
-        encoder = getattr(self.model, "encoder", None)  # a model of another library has none
+        config = getattr(getattr(self.model, "encoder", None), "config", None)  # None: of another library
         state = {key: getattr(self, key) for key in ("epoch", "seconds", "history", "recipe")}
-        state |= {"model": self.model.state_dict(), "config": encoder.config if encoder else None}
+        state |= {"model": self.model.state_dict(), "config": config}
         if self.args.keep_epochs:
             with whole_file(self.path.with_suffix("") / f"epoch{self.epoch}.pt") as file:
                 torch.save(state, file)
@@ -643,9 +607,6 @@ class Run:
         """What a row of the table says of its training."""
         last = {key: values[-1] for key, values in self.history.items()}
         return {"epochs": self.epoch, "seconds": self.seconds, "training": last}
-
-
-# ---------------------------------------------------------------- rows, the command line
 
 
 def row_path(args: argparse.Namespace, name: str, kind: str = "json") -> pathlib.Path:
@@ -665,6 +626,8 @@ def record(args: argparse.Namespace, name: str, images: Tensor, labels: Tensor, 
         file.write(json.dumps(row, indent=1, default=float).encode())
     print(f"{name}: {row['value']:.4f}", flush=True)
 
+
+# ---------------------------------------------------------------- the command line
 
 # options that are numbers -> their least and largest value
 RANGES = {"seed": (0, 2**32 - 1), "lr": (1e-9, 1e3), "labels": (0, 1), "warmup": (0, 1), "smoothing": (0, 1)}
@@ -689,8 +652,8 @@ def common_options() -> argparse.ArgumentParser:
 
 
 def training_options(epochs: int, muon: float, adamw: float, batch: int | None = None):
-    """The options of every training stage, to be used as a parent parser, with this stage's defaults:
-    peak learning rates of the two optimisers, images per step (None: the stage counts in other units)."""
+    """The options of every training stage, a parent parser; the stage's defaults: peak learning rates of the
+    two optimisers, images per step (None: it counts in other units)."""
     p = argparse.ArgumentParser(add_help=False)
     add = p.add_argument
     add("--epochs", type=int, default=epochs, help="passes over the training images (default: %(default)s)")
@@ -718,10 +681,7 @@ def command(parser: argparse.ArgumentParser) -> None:
         args.lr = args.lr or usual[args.optimizer]
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # what goes wrong here is still said, on stderr
-    try:
-        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"can't work in the folder {args.out}: {error.strerror}; choose another --out")
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)  # fails now if it can't be written later
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -737,6 +697,4 @@ def command(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     encoder = ViT()
-    print(encoder)
-    for name, part in [*encoder.named_children(), ("all, with CLS and positions", encoder)]:
-        print(f"{name:<28} {sum(p.numel() for p in part.parameters()):>9,} parameters")
+    print(encoder, f"\n{sum(p.numel() for p in encoder.parameters()):,} parameters")

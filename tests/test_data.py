@@ -56,11 +56,6 @@ def test_images_that_are_no_whole_number_of_patches_are_refused(shape):
         data.patchify(torch.zeros(shape), 8)
 
 
-def test_patches_that_make_no_square_are_refused():
-    with pytest.raises(ValueError, match="15 patches"):
-        data.unpatchify(torch.zeros(1, 15, 3, 8, 8))
-
-
 def test_turn_is_numpys_rot90_of_each_image(batch):
     angle = torch.arange(64) % 4
     expected = [np.rot90(image, k, axes=(1, 2)) for image, k in zip(batch.numpy(), angle.tolist())]

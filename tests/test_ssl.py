@@ -274,12 +274,6 @@ def test_a_name_may_be_a_path(tmp_path):
     assert "sub/x" in call("results/table.py", "--out", tmp_path, "--split", "test")
 
 
-def test_a_folder_that_can_not_be_made_gets_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    text = call("analysis.py", "cka", "--out", tmp_path / "file" / "out", code=1)
-    assert "can't work in the folder" in text
-
-
 def test_interrupting_says_how_to_go_on_and_too_little_memory_what_to_do(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -117,9 +117,7 @@ def test_greyscale_images_need_one_word():
     assert vit.ModelM(model.encoder).reconstruction_head.out_features == 49
 
 
-def test_impossible_shapes_are_refused():
-    with pytest.raises(ValueError, match="heads"):
-        vit.Attention(10, 3)
+def test_an_image_that_is_no_whole_number_of_patches_is_refused():
     with pytest.raises(ValueError, match="patches"):
         vit.ViT(image_size=30)
 
