@@ -13,10 +13,9 @@ Part 4, without downloads:               a small BLIP and a small CLIP of the sa
 Part 5, fusion and its controls:         does the caption help, or does it merely answer?
 
 Depends on vit.py, data.py and video.py: copy this file with those three. (CrossBlock alone needs only torch
-and vit.init_linear.) It continues from video.py's model. `tiny` is for where BLIP can't be downloaded, or
-would take a night:
+and vit.init_linear.) It continues from video.py's model of two blocks. `tiny` is for where BLIP can't be
+downloaded, or would take a night:
 
-    python video.py --checkpoint runs/mine/m.pt --blocks 2 --epochs 4
     python multimodal.py tiny --checkpoint runs/mine/m.pt --epochs 2 --frozen 4 --enlarge 40
     python multimodal.py caption --captioner tiny
     python multimodal.py embed --captions runs/mine/captions_tiny.json
@@ -93,8 +92,7 @@ class CrossBlock(nn.Module):
         x = x + mlp(norm(x))
 
     What is added starts at zero (its last layers do), so a trained network that gets this block put on top
-    starts out unchanged and learns how much to let in. The last layers' own gradient is not zero, so they
-    leave zero in the first step; those behind them follow in the second.
+    starts out unchanged and learns how much to let in. The last layers' own gradient is not zero.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -122,9 +120,9 @@ class CrossBlock(nn.Module):
 class Fusion(nn.Module):
     """The video model with a cross-attention block after its last spatio-temporal block.
 
-    Of the video model's tokens only the temporal CLS asks: the class is read from it, and no later block
-    would read what the others had learned from the text. Two controls see less: with `image=False` a learned
-    vector asks in place of the image, with `text=False` nothing is asked.
+    Only the temporal CLS asks: no later block would read what other tokens had learned from the text. Two
+    controls see less: with `image=False` a learned vector asks in place of the image, with `text=False`
+    nothing is asked.
     """
 
     def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True, text: bool = True):
@@ -164,7 +162,6 @@ def load_blip(name: str):
     be had, or lacks weights: the library would fill them in at random."""
     import transformers
 
-    quiet()
     load = transformers.BlipForConditionalGeneration.from_pretrained
     try:
         processor = transformers.BlipProcessor.from_pretrained(name)
@@ -172,32 +169,13 @@ def load_blip(name: str):
     except (OSError, ValueError) as error:  # offline and not cached, no such model, not a model
         if getattr(error, "errno", None) == errno.ENOSPC:
             sys.exit(f"can't store the captioner {name}: {error.strerror}; make room, type the same command")
+        why = str(error).strip().split("\n")[0]  # without the library's paragraphs of advice
         advice = f"`hf download {name} --exclude tf_model.h5` fetches it; or choose --captioner tiny"
-        print(f"can't load the captioner {name} ({first_line(error)}); {advice}", file=sys.stderr)
+        print(f"can't load the captioner {name} ({why}); {advice}", file=sys.stderr)
         sys.exit(NO_BLIP)
     if found["missing_keys"]:
         sys.exit(f"{name} is no BLIP captioner: it has no weights for {sorted(found['missing_keys'])[0]}")
     return model, processor
-
-
-def quiet() -> None:
-    """Silence the libraries' remarks: what matters becomes one sentence."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.ERROR)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says first, without its paragraphs of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def pixel_values(processor, images: Tensor) -> Tensor:
-    """What BLIP sees of uint8 images [B, 3, S, S]: enlarged and standardised, float [B, 3, S', S']."""
-    device = images.device
-    images = images.cpu() if device.type == "mps" else images  # not every PyTorch can enlarge this way there
-    return processor(images=images, return_tensors="pt")["pixel_values"].to(device)
 
 
 @torch.no_grad()
@@ -205,7 +183,7 @@ def describe(model, processor, images: Tensor, autocast) -> list[str]:
     """The captions, of at most 20 tokens each (as in BLIP's own captioning), of uint8 images [n, 3, S, S];
     each word the likeliest next."""
     longest = min(20, model.config.text_config.max_position_embeddings - 1)  # small BLIPs have few positions
-    pixels = pixel_values(processor, images)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]  # enlarged, standardised
     with autocast:
         tokens = model.generate(pixel_values=pixels, num_beams=1, max_new_tokens=longest)
     return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -216,10 +194,9 @@ def read_captions(path: str | pathlib.Path) -> dict:
     its images in their order, and "captions", one for each image. SystemExit if it is no such file."""
     try:
         found = json.loads(pathlib.Path(path).read_text("utf-8"))
-        return {key: found[key] for key in ("captioner", "model", "images", "captions")} | found
+        return {key: found[key] for key in ("captioner", "model", "images", "captions")}
     except (OSError, ValueError, KeyError, TypeError):
-        command = "`python multimodal.py caption --captioner tiny`"
-        sys.exit(f"{path} is missing or no caption file; {command} writes one")
+        sys.exit(f"{path} is missing or no caption file; `python multimodal.py caption` writes one")
 
 
 def captions_of(found: dict, split: str, images: Tensor, path: str) -> list[str]:
@@ -232,17 +209,9 @@ def captions_of(found: dict, split: str, images: Tensor, path: str) -> list[str]
     return captions
 
 
-SYNONYMS = {
-    "airplane": "plane jet aircraft airliner biplane",
-    "automobile": "car sedan suv",
-    "cat": "kitten",
-    "deer": "elk moose antelope",
-    "dog": "puppy",
-    "frog": "toad",
-    "horse": "pony",
-    "ship": "boat ferry sailboat yacht",
-    "truck": "lorry",
-}
+SYNONYMS = {"airplane": "plane jet aircraft airliner biplane", "automobile": "car sedan suv", "frog": "toad"}
+SYNONYMS |= {"cat": "kitten", "deer": "elk moose antelope", "dog": "puppy", "horse": "pony", "truck": "lorry"}
+SYNONYMS |= {"ship": "boat ferry sailboat yacht"}
 
 
 def named_class(caption: str, classes: list[str]) -> int:
@@ -281,32 +250,28 @@ def caption(args: argparse.Namespace) -> None:
                 sys.exit(f"{path} was made with another {key}; --fresh replaces it, --name keeps it")
     found["captions"] = captions
 
-    for model, _ in models:
-        model.to(device).eval()
     for split in SPLITS:
         done, n = captions[split], len(images[split])
         for start in tqdm(range(len(done), n, args.batch), split, disable=None):
-            here = torch.arange(start, min(start + args.batch, n))
-            batch = [""] * len(here)
+            done += [""] * min(args.batch, n - start)
             for fold, (model, processor) in enumerate(models):
                 # a small BLIP captions only the images of its own fold, which it has not been trained on
-                own = (here % len(models) == fold).nonzero()[:, 0].tolist()
-                words = describe(model, processor, images[split][here[own]], autocast) if own else []
+                own = [i for i in range(start, len(done)) if i % len(models) == fold]
+                words = (
+                    describe(model.to(device).eval(), processor, images[split][own], autocast) if own else []
+                )
                 for i, sentence in zip(own, words):
-                    batch[i] = sentence
-            done += batch
-            if start // 1000 != (start + args.batch) // 1000 or len(done) == n:
-                with vit.whole_file(path) as file:  # what is left to an accident: the last thousand
+                    done[i] = sentence
+            if start // 1000 != len(done) // 1000 or len(done) == n:  # an accident costs a thousand at most
+                with vit.whole_file(path) as file:
                     file.write(json.dumps(found, indent=0, ensure_ascii=False).encode())
         print(f"{split}: {n:,} captions in {path}", flush=True)
 
-    row = {"captioner": args.captioner, "model": found["model"], "provenance": source.provenance}
-    for split in dict.fromkeys(("train", "validation", args.split)):  # test: only if asked
-        named = torch.tensor([named_class(c, source.classes) for c in captions[split]], device=device)  # [n]
-        row[f"{split}_right"] = (named == labels[split]).float().mean().item()
-        row[f"{split}_silent"] = (named < 0).float().mean().item()  # names no class
-    row["value"] = row[f"{args.split}_right"]
-    vit.record(args, name, images[args.split], labels[args.split], **row)
+    x, y = images[args.split], labels[args.split]
+    named = torch.tensor([named_class(c, source.classes) for c in captions[args.split]], device=device)  # [n]
+    row = {"value": (named == y).float().mean(), "names_none": (named < 0).float().mean()}
+    row |= {"captioner": args.captioner, "model": found["model"], "provenance": source.provenance}
+    vit.record(args, name, x, y, **row)
 
 
 # ---------------------------------------------------------------- Part 3: embeddings
@@ -317,28 +282,25 @@ def load_clip(name: str, out: str):
     "tiny", the small one in `out`. SystemExit where it can't be had."""
     import open_clip
 
-    quiet()
     if name == "tiny":
-        state = vit.read_checkpoint(pathlib.Path(out, "tiny_clip.pt"))
+        state = vit.read_checkpoint(f"{out}/tiny_clip.pt")
         model, tokenizer = small_clip(state["recipe"]["size"])
         model.load_state_dict(state["model"])
         return model, tokenizer, f"tiny, {vit.hash_of(*state['model'].values())}"
-    weights = "laion2b_s34b_b79k"
     try:
-        model = open_clip.create_model(name, weights, require_pretrained=True)
-        return model, open_clip.get_tokenizer(name), f"{name}, {weights}"
+        model = open_clip.create_model(name, "laion2b_s34b_b79k", require_pretrained=True)
+        return model, open_clip.get_tokenizer(name), name
     except Exception as error:  # offline, no such model: open_clip raises many kinds
         advice = "`hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K --include 'open_clip*'` fetches ViT-B-32"
-        sys.exit(f"can't load the CLIP {name} ({first_line(error)}); {advice}; or choose --clip tiny")
+        sys.exit(f"can't load the CLIP {name} ({error}); {advice}; or choose --clip tiny")
 
 
 @torch.no_grad()
 def embed_words(model, tokenizer, captions: list[str]) -> list[tuple[str, Tensor]]:
     """What CLIP makes of each caption: its L words as CLIP reads them, joined by spaces, and a unit vector
     for each, [L, E]. The last, the end-of-text token's, is what CLIP itself takes for the whole caption (its
-    encode_text). CLIP's projection was trained on that one alone; what it makes of the other words is not in
-    the space that CLIP shares with images, but tells the words apart, which is all that keys and values
-    need."""
+    encode_text). The others are not in the space that CLIP shares with images, but tell the words apart,
+    which is all that keys and values need."""
     tokens = tokenizer(captions)  # [u, context length]
     length = tokens.argmax(dim=1) + 1  # the end-of-text token is the largest number; behind it are zeros
     seen = []  # what encode_text has for every word before it picks the last
@@ -366,9 +328,8 @@ def embed(args: argparse.Namespace) -> None:
     distinct = list(dict.fromkeys(caption for split in SPLITS for caption in found["captions"][split]))
     args.precision = "float32"
     device, _ = vit.set_up(args)
-    model, tokenizer, clip = load_clip(
-        args.clip or ("tiny" if found["captioner"] == "tiny" else "ViT-B-32"), args.out
-    )
+    usual = "tiny" if found["captioner"] == "tiny" else "ViT-B-32"
+    model, tokenizer, clip = load_clip(args.clip or usual, args.out)
     model.visual = None  # only the text tower is used
     model.to(device).eval()
     embedded = []
@@ -383,45 +344,35 @@ def embed(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------- Part 4: without downloads
-# A BLIP and a CLIP small enough to train here, on sentences made from the label and a few measured words.
-# They know nothing that the training images don't hold, so expect of their captions what a second opinion
-# brings, no more; what the real BLIP adds is knowledge from outside.
+# A BLIP and a CLIP small enough to train here, on sentences made from the label and two measured words. They
+# know nothing that the training images don't hold, so expect of their captions what a second opinion brings,
+# no more; what the real BLIP adds is knowledge from outside.
 #
 # A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such
 # captions would learn to copy the class word, which is right there and often wrong on new images. So the
 # training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
-# f: no image is captioned by a model that has seen it. (The real BLIP may have met some of CIFAR-10's images
-# on the web, beside words that name what they show; it has not been trained on these labels.)
+# f: no image is captioned by a model that has seen it.
 
 HUES = "red yellow green cyan blue purple".split()
 
 
 def sentences(images: Tensor, labels: Tensor, classes: list[str]) -> list[str]:
-    """One sentence an image, "the cat on dark green far away": the class from the label, the rest measured.
-    images: uint8 [n, 3, S, S], labels [n].
-
-    Ground: brightness and hue of the mean colour of a rim of S/8 pixels. Close up: most of the image has
-    another colour. The class word comes first, so that no word before it hints at it. The two
-    thresholds (another colour: 0.2 from the ground's; grey: channels within 0.06) were set by looking at 50
-    images, and nothing depends on them but these words.
-    """
-    x = images.float() / 255
+    """One sentence an image, "the cat on dark green": the class from the label; the mean colour of a rim of
+    S/8 pixels, measured. The class word comes early, so that no word before it hints at it.
+    images: uint8 [n, 3, S, S], labels [n]."""
     edge = images.shape[-1] // 8
-    rim = torch.ones(images.shape[-2:], dtype=torch.bool, device=x.device)  # [S, S]
+    rim = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)  # [S, S]
     rim[edge:-edge, edge:-edge] = False
-    ground = x[:, :, rim].mean(dim=2)  # [n, 3]
-    close = ((x - ground[:, :, None, None]).abs().mean(dim=1) > 0.2).float().mean(dim=(1, 2)) > 0.5  # [n]
+    ground = images[:, :, rim].float().mean(dim=2) / 255  # [n, 3]
     bright = ground.mean(dim=1) > 0.5  # [n]
     grey = ground.amax(dim=1) - ground.amin(dim=1) <= 0.06  # [n]
     r, g, b = ground.unbind(dim=1)
     angle = torch.atan2(3**0.5 * (g - b), 2 * r - g - b)  # [n], of the colour circle, in radians
     hue = (angle / (torch.pi / 3)).round().long() % 6  # [n], in steps of 60 degrees
     found = []
-    for k, h, is_grey, is_bright, is_close in torch.stack([labels, hue, grey, bright, close], 1).tolist():
-        colour = "grey" if is_grey else HUES[h]
-        light = "bright" if is_bright else "dark"
-        distance = "close up" if is_close else "far away"
-        found.append(f"the {classes[k]} on {light} {colour} {distance}")
+    for k, h, is_grey, is_bright in torch.stack([labels, hue, grey, bright], dim=1).tolist():
+        light, colour = "bright" if is_bright else "dark", "grey" if is_grey else HUES[h]
+        found.append(f"the {classes[k]} on {light} {colour}")
     return found
 
 
@@ -432,7 +383,7 @@ def small_blip(config: dict, classes: list[str], size: int):
     import transformers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-    words = ["the", "on", "bright", "dark", "grey", *HUES, "close", "up", "far", "away", *classes]
+    words = ["the", "on", "bright", "dark", "grey", *HUES, *classes]
     number = {word: i for i, word in enumerate(special + words)}
     D = config["dim"]
     both = {"hidden_size": D, "intermediate_size": 4 * D, "num_attention_heads": config["heads"]}
@@ -478,13 +429,10 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images, labels, truth: l
         model.vision_model.embeddings.requires_grad_(False)
         model.vision_model.encoder.layers[: args.frozen].requires_grad_(False)
     model.to(device)
-    ids = processor.tokenizer(truth, return_tensors="pt", return_token_type_ids=False)["input_ids"]
-    ids = ids.to(device)  # [n, L + 2]
+    ids = processor.tokenizer(truth, return_tensors="pt")["input_ids"].to(device)  # [n, L + 2]
     ids[:, 0] = model.config.text_config.bos_token_id
     weight = torch.ones(model.config.text_config.vocab_size, device=device)  # [V]
-    # of seven words and the end only the class is hard to find: it counts a little more than all others do
-    # together; not tuned
-    weight[-len(classes) :] = 8.0
+    weight[-len(classes) :] = 8.0  # of all words only the class is hard to find; not tuned
     others = (torch.arange(len(images), device=device) % args.folds != fold).nonzero()[:, 0]
 
     recipe = vit.recipe_of(args, images, labels, args.checkpoint) | {"encoder": encoder.config}
@@ -498,7 +446,7 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images, labels, truth: l
         for i in data.shuffled_batches(len(others), args.batch, run.generator):
             index = others[i]  # [B]
             x, words = data.crop_flip(images[index], run.generator), ids[index]  # [B, 3, S, S], [B, L + 2]
-            pixels = pixel_values(processor, (255 * x).round().byte())  # [B, 3, S', S']
+            pixels = processor(images=(255 * x).round().byte(), return_tensors="pt")["pixel_values"]
             with autocast:
                 logits = model(pixel_values=pixels, input_ids=words).logits.float()  # [B, L + 2, V]
             guess = logits[:, :-1]  # [B, L + 1, V]
@@ -506,7 +454,6 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images, labels, truth: l
             loss = F.cross_entropy(guess.flatten(0, 1), target.flatten(), weight)
             loss.backward()
             vit.average_gradients(model)
-            # one absurd batch must not rule the momentum; 1 is the usual bound, not tuned
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -518,19 +465,14 @@ def train_small_blip(args, fold: int, encoder: vit.ViT, images, labels, truth: l
 
 def load_small_blips(out: str, classes: list[str], images: str):
     """The small BLIPs, by fold, with their processors, and a hash of their weights. SystemExit unless all are
-    there, finished, and trained on the training `images` (a hash): in another order an image's captioner
-    might have seen its label."""
-    states = [vit.read_checkpoint(pathlib.Path(out, "tiny_blip_0.pt"))]
-    recipe = states[0]["recipe"]
-    states += [vit.read_checkpoint(pathlib.Path(out, f"tiny_blip_{k}.pt")) for k in range(1, recipe["folds"])]
+    finished, and trained on these `images` (a hash): else one might have seen what it captions."""
+    recipe = vit.read_checkpoint(f"{out}/tiny_blip_0.pt")["recipe"]
+    states = [vit.read_checkpoint(f"{out}/tiny_blip_{fold}.pt") for fold in range(recipe["folds"])]
     models = []
     for fold, state in enumerate(states):
         same = all(recipe[key] == state["recipe"][key] for key in recipe if key not in ("code", "precision"))
         if not same or state["epoch"] < recipe["epochs"] or recipe["images"] != images:
-            train = f"python multimodal.py tiny --checkpoint ENCODER.pt --out {out}"
-            sys.exit(
-                f"{out}/tiny_blip_{fold}.pt is not finished, or of other images (--data, --limit); `{train}`"
-            )
+            sys.exit(f"{out}/tiny_blip_{fold}.pt is not finished, or of other images: `multimodal.py tiny`")
         model, processor = small_blip(recipe["encoder"], classes, recipe["enlarge"])
         model.load_state_dict(state["model"])
         models.append((model, processor))
@@ -582,7 +524,6 @@ def train_small_clip(args, images: Tensor, labels: Tensor, truth: list[str], dev
 
 def tiny(args: argparse.Namespace) -> None:
     """Train a small BLIP for each fold, and a small CLIP."""
-    quiet()
     if args.folds < 2:
         sys.exit("--folds must be at least 2: an image's captioner must not have seen its label")
     if vit.read_checkpoint(args.checkpoint)["recipe"].get("stage") != "pretrain":
@@ -594,9 +535,8 @@ def tiny(args: argparse.Namespace) -> None:
     if args.enlarge % patch:
         sys.exit(f"--enlarge {args.enlarge} is not a whole number of {patch}-pixel patches")
     classes = data.source(args.data).classes
-    for name in classes:
-        if not re.fullmatch("[a-z]+", name):
-            sys.exit(f"captions need classes of one word in small letters, a to z; rename {name!r}")
+    if not all(re.fullmatch("[a-z]+", name) for name in classes):
+        sys.exit(f"captions need classes of one word in small letters, a to z; rename {classes}")
     truth = sentences(images, labels, classes)
     for fold in range(args.folds):
         train_small_blip(args, fold, encoder, images, labels, truth, device, autocast)
@@ -615,28 +555,27 @@ def fuse(args: argparse.Namespace) -> None:
         command = f"python multimodal.py embed --captions {args.captions} --out {args.out}"
         sys.exit(f"these captions are not embedded yet; `{command}` does it")
     table = torch.load(embeddings_path(args), weights_only=True)
+    number = {caption: i for i, caption in enumerate(table["captions"])}
     start = args.checkpoint or f"{args.out}/video_2.pt"
     base = video.load_video(start)
     device, autocast = vit.set_up(args)
     source, images, labels, which, named = data.source(args.data), {}, {}, {}, {}  # of each split
-    number = {caption: i for i, caption in enumerate(table["captions"])}
     for split in dict.fromkeys(("train", "validation", args.split)):
         images[split], labels[split] = data.load(args.data, split, device, args.limit)
         captions = captions_of(found, split, images[split], args.captions)
         if not number.keys() >= set(captions):
             sys.exit(f"{args.captions} has changed since `multimodal.py embed`; type that command again")
-        # the number of each image's caption in the tables that follow, [n]
-        which[split] = torch.tensor([number[caption] for caption in captions], device=device)
-        named[split] = torch.tensor([named_class(c, source.classes) for c in captions], device=device)
-    states = list(table["states"])
-    if args.text == "pooled":  # the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
-        states = [s[-1:] for s in states]
+        which[split] = torch.tensor([number[c] for c in captions], device=device)  # its caption's number, [n]
+        named[split] = torch.tensor([named_class(c, source.classes) for c in captions], device=device)  # [n]
+    # pooled: the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
+    states = [s if args.text == "tokens" else s[-1:] for s in table["states"]]
     length = torch.tensor([len(s) for s in states])
-    states = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)  # [U, L, E]
+    states = nn.utils.rnn.pad_sequence(states, batch_first=True).float().to(device)  # [U, L, E]
     is_word = (torch.arange(states.shape[1]) < length[:, None]).to(device)  # [U, L]
 
     recipe = vit.recipe_of(args, images["train"], labels["train"], start)
     recipe |= {"clip": table["clip"], "words": vit.hash_of(json.dumps(found).encode())}
+    about = {"captioner": found["captioner"], "clip": table["clip"], "provenance": source.provenance}
     for control in args.control:
         name = f"fusion_{found['captioner']}" + ("_tokens" if args.text == "tokens" else "")
         name = args.name or name + ("" if control == "none" else f"_{control}")
@@ -647,14 +586,9 @@ def fuse(args: argparse.Namespace) -> None:
         if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
             own = {split: numbers.roll(-1) for split, numbers in which.items()}
 
-        def logits_of(split: str) -> Tensor:
-            """Class logits [n, K] of a split's images with their captions."""
-
-            def answer(x: Tensor, i: Tensor) -> Tensor:
-                """Of a batch."""
-                return model(x.float() / 255, states[i].float(), is_word[i])
-
-            return vit.evaluate(model, autocast, answer, images[split], own[split])
+        def answer(x: Tensor, i: Tensor) -> Tensor:
+            """Class logits [B, K] of uint8 images [B, 3, S, S] with captions of these numbers [B]."""
+            return model(x.float() / 255, states[i], is_word[i])
 
         steps = len(images["train"]) // args.batch
         optimizer = vit.make_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.precision)
@@ -667,7 +601,7 @@ def fuse(args: argparse.Namespace) -> None:
                 x = data.crop_flip(images["train"][index], run.generator)  # [B, 3, S, S]
                 y, i = labels["train"][index], own["train"][index]  # [B], [B]
                 with autocast:
-                    logits = model(x, states[i].float(), is_word[i])  # [B, K]
+                    logits = model(x, states[i], is_word[i])  # [B, K]
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
                 loss.backward()
                 vit.average_gradients(model)
@@ -676,38 +610,33 @@ def fuse(args: argparse.Namespace) -> None:
                 schedule.step()
                 optimizer.zero_grad()
                 run.log(loss=loss, train=(logits.argmax(1) == y).float().mean())
-            run.save(validation=vit.accuracy(logits_of("validation"), labels["validation"]))
+            held_out = vit.evaluate(model, autocast, answer, images["validation"], own["validation"])
+            run.save(validation=vit.accuracy(held_out, labels["validation"]))
 
-        logits, truth = logits_of(args.split), labels[args.split]
-        about = {"captioner": found["captioner"], "clip": table["clip"], "provenance": source.provenance}
-        row = run.row() | about | {"value": vit.accuracy(logits, truth)}
-        arrays = for_pictures(
-            model, images[args.split], truth, own[args.split], logits, table, states, is_word
-        )
+        x, y, i = images[args.split], labels[args.split], own[args.split]
+        logits = vit.evaluate(model, autocast, answer, x, i)
         with vit.whole_file(vit.row_path(args, name, "npz")) as file:
-            np.savez_compressed(file, **arrays)
-        vit.record(args, name, images[args.split], truth, **row)
+            np.savez_compressed(file, **for_pictures(model, x, y, i, logits, table, states, is_word))
+        vit.record(args, name, x, y, value=vit.accuracy(logits, y), **run.row(), **about)
         if control == "image_only":
-            fitted = (logits_of("validation"), named["validation"], labels["validation"])
-            value, without = bound(*fitted, logits, named[args.split], truth)
-            name = name.replace("image_only", "bound")
-            vit.record(args, name, images[args.split], truth, value=value, without=without, **about)
+            held_out = vit.evaluate(model, autocast, answer, images["validation"], own["validation"])
+            fitted = (held_out, named["validation"], labels["validation"])
+            value, without = bound(*fitted, logits, named[args.split], y)
+            vit.record(args, name.replace("image_only", "bound"), x, y, value=value, without=without, **about)
 
 
 def bound(logits: Tensor, named: Tensor, labels: Tensor, logits2: Tensor, named2: Tensor, labels2: Tensor):
     """What captions could bring at best: accuracy of a logistic regression on the image-only model's logits
     [n, K] and the class that the caption names [n] (-1: none); then of one on the logits alone. It is fitted
     on the first images, validation's, which no model was trained on, and judged on the second."""
-    classes = logits.shape[1]
-
-    def inputs(logits: Tensor, named: Tensor) -> Tensor:
-        """[n, K], [n] -> [n, K + K + 1]."""
-        return torch.cat([logits.log_softmax(dim=1), F.one_hot(named + 1, classes + 1)], dim=1)
-
-    both = vit.fit_linear(inputs(logits, named), labels, 1e-4, classes)
-    alone = vit.fit_linear(logits.log_softmax(dim=1), labels, 1e-4, classes)
-    found = both(inputs(logits2, named2)), alone(logits2.log_softmax(dim=1))
-    return [vit.accuracy(answers, labels2) for answers in found]
+    classes, found = logits.shape[1], []
+    for weight in (1, 0):  # of the caption
+        fitted, judged = (
+            torch.cat([x.log_softmax(dim=1), weight * F.one_hot(n + 1, classes + 1)], dim=1)  # [n, K + K + 1]
+            for x, n in ((logits, named), (logits2, named2))
+        )
+        found.append(vit.accuracy(vit.fit_linear(fitted, labels, 1e-4, classes)(judged), labels2))
+    return found
 
 
 @torch.no_grad()
@@ -715,16 +644,13 @@ def for_pictures(model, images, labels, which, logits, table, states, is_word) -
     """The answers to all images [n]; of the first two of each class the captions, and the attention to their
     words [m, L]."""
     shown = torch.cat([(labels == k).nonzero()[:2, 0] for k in labels.unique()])  # [m]
-    numbers = which[shown]  # [m]
+    numbers, trace = which[shown], []  # [m]
     arrays = {"guess": logits.argmax(1), "labels": labels, "shown": shown, "images": images[shown]}
-    arrays = {key: x.cpu().numpy() for key, x in arrays.items()}
-    arrays["captions"] = np.array([table["captions"][i] for i in numbers.tolist()])
-    arrays["words"] = np.array([table["words"][i] for i in numbers.tolist()])
     if model.sees_text:
-        trace = []
-        model(images[shown].float() / 255, states[numbers].float(), is_word[numbers], trace)
-        arrays["weights"] = trace[0].mean(dim=1)[:, 0].cpu().numpy()  # [m, H, 1, L] -> [m, L]
-    return arrays
+        model(images[shown].float() / 255, states[numbers], is_word[numbers], trace)
+        arrays["weights"] = trace[0].mean(dim=1)[:, 0]  # [m, H, 1, L] -> [m, L]
+    words = {key: np.array([table[key][i] for i in numbers.tolist()]) for key in ("captions", "words")}
+    return {key: x.cpu().numpy() for key, x in arrays.items()} | words
 
 
 def main() -> None:
@@ -732,12 +658,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     stages = parser.add_subparsers(dest="stage", required=True)
 
-    # the learning rate is the other stages'; 15 epochs: not tuned
     training = vit.training_options(epochs=15, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("tiny", parents=[common, training], help=tiny.__doc__)
     add = p.add_argument
     add("--checkpoint", type=vit.path, required=True, help="BLIP's image tower starts from this encoder")
-    # more folds: more images for each BLIP, but one training more each
     add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
     add("--enlarge", type=int, default=48, help="pixels to enlarge images to (default: %(default)s)")
     add(
@@ -746,9 +670,8 @@ def main() -> None:
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common], help="caption every image")
-    add = p.add_argument
+    add, blip = p.add_argument, "Salesforce/blip-image-captioning-base"
     add("--captioner", choices=["blip", "tiny"], required=True, help="the real one, or the one trained here")
-    blip = "Salesforce/blip-image-captioning-base"
     add("--blip", default=blip, help="model id or folder (default: %(default)s)")
     add("--batch", type=int, default=50, help="images at a time (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on")
@@ -760,7 +683,6 @@ def main() -> None:
     add("--clip", help='architecture, or "tiny" (default: ViT-B-32; for tiny captions tiny)')
     p.set_defaults(run=embed)
 
-    # peak learning rates: within a point of the best tried (results/tuning.md); 25 epochs: not tuned
     training = vit.training_options(epochs=25, muon=1e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("fuse", parents=[common, training], help="train on images with captions")
     add = p.add_argument
@@ -771,6 +693,7 @@ def main() -> None:
     add("--control", choices=controls, nargs="+", default=["none"], help="what to leave out; each is a row")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
     p.set_defaults(run=fuse)
+    logging.disable(logging.ERROR)  # of the libraries' remarks, what matters becomes one sentence
     vit.command(parser)
 
 

@@ -24,11 +24,10 @@ Shape letters as in vit.py; also M masked patches per image, E width of the cont
 from __future__ import annotations
 
 if __name__ == "ssl":
-    # Python looks in the script's own folder first, so `import ssl`, as in torch and urllib, finds this file
-    # instead of Python's own ssl. Under that name it therefore steps aside: it loads the real module, and the
-    # import system hands that one out. What follows is executed all the same, but with a stand-in for torch,
-    # which can't be imported yet: it has every attribute, and can be called and inherited. (What you import
-    # below, and use outside of functions, belongs into its line.)
+    # Python looks in the script's own folder first, so `import ssl`, as in torch, finds this file instead of
+    # Python's own ssl. Under that name it steps aside: it loads the real module, and the import system hands
+    # that one out. The rest is executed all the same, with a stand-in for what can't be imported yet. (What
+    # you import below, and use outside of functions, belongs into its line.)
     import importlib.machinery
     import importlib.util
     import sys
@@ -39,14 +38,14 @@ if __name__ == "ssl":
     _spec.loader.exec_module(sys.modules["ssl"])
 
     class Anything:
-        """Stands in for what can't be imported yet."""
+        """Has every attribute, and can be called, indexed and inherited."""
 
         def __getattr__(self, *_, **__):
             return self
 
         __call__ = __getitem__ = __getattr__
 
-        def __mro_entries__(self, bases):
+        def __mro_entries__(self, _):
             return ()
 
     torch = F = nn = Tensor = LambdaLR = data = vit = Anything()
@@ -73,8 +72,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor,
     first, second: two views' embeddings of the same images, [B, E] each -> loss [], share of views [] whose
     nearest neighbour in the batch is the other view of their image. It is plain classification: among the 2B
     - 1 other views, which is my partner? The score is the cosine, divided by the temperature: the lower it
-    is, the more the few views count that look most like me, and the less all others. SimCLR finds 0.5 best
-    on CIFAR-10 when trained to convergence (appendix B.9); in three epochs 0.1, 0.2 and 0.5 were level here.
+    is, the more the few views count that look most like me, and the less all others.
     """
     z = F.normalize(torch.cat([first, second]).float(), dim=1)  # [2B, E], of length one: products are cosines
     scores = z @ z.T / temperature  # [2B, 2B]
@@ -145,9 +143,9 @@ def pretrain_m(args: argparse.Namespace) -> None:
     patch, quarter = encoder.config["patch_size"], encoder.patches // 4
     args.masked = quarter if args.masked is None else args.masked
     args.turned = quarter if args.turned is None else args.turned
+    print(f"of {encoder.patches} patches {args.masked} are blacked out, {args.turned} others turned")
     if not 0 < args.masked + args.turned <= encoder.patches:
         sys.exit(f"--masked and --turned together must be 1 to {encoder.patches} patches")
-    print(f"of {encoder.patches} patches {args.masked} are blacked out, {args.turned} others turned")
     recipe = vit.recipe_of(args, images, labels, args.init)
     model = vit.ModelM(encoder).to(device)
     steps = len(images) // args.batch
@@ -263,14 +261,8 @@ def features(encoder: vit.ViT | None, images: Tensor, autocast) -> dict[str, Ten
     [n, D]; without an encoder the pixels themselves, [n, 3*S*S]."""
     if encoder is None:
         return {"pixels": images.flatten(1).float() / 255}  # [n, 3*S*S]
-
-    def both(x: Tensor) -> Tensor:
-        """[b, 3, S, S] -> [b, 2, D]."""
-        tokens = encoder(x.float() / 255).float()  # [b, 1 + N, D]
-        return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
-
-    cls, mean = vit.evaluate(encoder, autocast, both, images).unbind(dim=1)  # [n, D] each
-    return {"cls": cls, "mean": mean}
+    tokens = vit.evaluate(encoder, autocast, lambda x: encoder(x.float() / 255), images)  # [n, 1 + N, D]
+    return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -325,8 +317,7 @@ def main() -> None:
     common.add_argument("--dim", type=int, help="width of a new encoder (default: 128)")
     common.add_argument("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
 
-    # 20 epochs: the report's of Model M. Peak learning rates: of those tried the best, or within a point of
-    # it (results/tuning.md)
+    # 20 epochs here, and 50 of fine-tuning: the report's. Peak learning rates: results/tuning.md
     training = vit.training_options(epochs=20, muon=4e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("pretrain", parents=[common, training], help="learn without labels")
     add = p.add_argument
@@ -344,7 +335,6 @@ def main() -> None:
     add("--labels", type=float, default=1.0, help="share of images with labels (default: all)")
     p.set_defaults(run=probe)
 
-    # 50 epochs: the report's; the learning rates as above
     training = vit.training_options(epochs=50, muon=4e-3, adamw=1e-3, batch=128)
     p = stages.add_parser("finetune", parents=[common, training], help="train on with labels")
     add = p.add_argument

@@ -2,8 +2,8 @@
 
     python results/draw.py --out runs/cifar10-laptop      # writes its figures/*.png and learning.gif
 
-A picture is rows of cells: words, images, or a picture again. `grid` puts cells side by side, `page` adds a
-title and what there is to know. By hand with Pillow, since a plotting library would be one more to install.
+A picture is rows of cells (words, images, or a picture again), put side by side by `grid`. By hand with
+Pillow, since a plotting library would be one more to install.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def with_scale(body: Cell, low: float, high: float, words: str) -> Cell:
     return grid([[body], [grid([[f"{low:.2f}", bar, f"{high:.2f} {words}"]])]], 14)
 
 
-def chart(title: str, lines: dict[str, list[tuple]], last: int, labels_from: float = 0) -> Cell:
-    """Curves through points (epoch, value), over epochs 0 to `last`, with axes and a legend. labels_from: the
-    epoch at which labels come in, if it is to be marked."""
+def chart(title: str, lines: dict[str, list[tuple]], last: int, until: float = 1e9, mark: float = 0) -> Cell:
+    """Curves through points (epoch, value), over epochs 0 to `last`, drawn `until` some epoch. mark: the
+    epoch at which labels come in."""
     values = [value for line in lines.values() for _, value in line]
     low, high = min(values), max(values) + 1e-6
     width, height, left = 300, 180, 40
@@ -126,15 +126,15 @@ def chart(title: str, lines: dict[str, list[tuple]], last: int, labels_from: flo
         draw.text((left - 6, at(0, value)[1]), f"{value:.3g}", GREY, font, anchor="rm")
     for epoch in range(0, last + 1, math.ceil(last / 8)):
         draw.text((at(epoch, low)[0], height + 12), str(epoch), GREY, font, anchor="ma")
-    if labels_from:
-        x = at(labels_from, low)[0]
-        draw.line([(x, 0), (x, height)], fill=GREY)
-        draw.text((x - 4, 0), "labels >", GREY, font, anchor="ra")
+    if mark > 0:
+        draw.line([at(mark, low), at(mark, high)], fill=GREY)
+        draw.text(at(mark, high), " with labels >", GREY, font, anchor="lm")
     legend = []
     for (name, line), ink in zip(lines.items(), COLOURS):
-        if line:  # one that has no points keeps its colour for the other charts
-            draw.line([at(*point) for point in line], fill=ink, width=2)
-            draw.circle(at(*line[-1]), 3, fill=ink)
+        points = [at(epoch, value) for epoch, value in line if epoch <= until]
+        if points:  # a line that has none keeps its colour for the other charts
+            draw.line(points, fill=ink, width=2)
+            draw.circle(points[-1], 3, fill=ink)
             legend.append([text(name, ink=ink)])
     return grid([[text(title, 15)], [cell, grid(legend, 2, x=0)]], 4)
 
@@ -169,26 +169,28 @@ def draw_patches(args: argparse.Namespace, names: list[str]):
     with torch.no_grad():
         logits, painted = model(augmented, black)
     patches = data.patchify(augmented, patch)  # [64, N, 3, P, P]
-    painted = painted.view(*black.shape, *patches.shape[2:])  # [64, M, 3, P, P]
-    patches[torch.arange(len(images))[:, None], black] = painted * 0.25 + 0.5  # vit.standardise undone
+    b = torch.arange(len(images))[:, None]
+    # vit.standardise undone
+    patches[b, black] = painted.view(*black.shape, *patches.shape[2:]) * 0.25 + 0.5
     side = images.shape[-1] // patch
     size = 160 // side  # of a patch, in pixels of the picture
     rows = [["the image", "set A, patches by number", "what Model M sees", "what it paints", ""]]
     for i in [(angle == k).nonzero()[0, 0] for k in range(4)]:  # one for each angle
-        shown = [picture(pixels(x[i]), size * side) for x in (images, augmented, data.unpatchify(patches))]
-        numbered = shown[0].copy()
+        shown = [
+            picture(pixels(x[i]), size * side) for x in (images, images, augmented, data.unpatchify(patches))
+        ]
         for ink, some in ((ORANGE, black[i].tolist()), (BLUE, moved[i].tolist())):
             for p in some:
                 x, y = size * (p % side), size * (p // side)
-                ImageDraw.Draw(numbered).rectangle([x, y, x + size - 1, y + size - 1], outline=ink, width=3)
-                numbered.paste(tile(str(p), 20, 16, ink), (x, y))
-        words = [[text(f"{masked} blacked out", ink=ORANGE)]]
-        words += [[text(f"{turned} turned by {90 * angle[i]}°", ink=BLUE)]]
-        words += [[answer(f"Model M says {90 * logits[i].argmax()}°", bool(logits[i].argmax() == angle[i]))]]
-        rows.append([shown[0], numbered, *shown[1:], grid(words, x=0)])
+                square = [x, y, x + size - 1, y + size - 1]
+                ImageDraw.Draw(shown[1]).rectangle(square, outline=ink, width=3)
+                shown[1].paste(tile(str(p), 20, 16, ink), (x, y))
+        said = logits[i].argmax()
+        words = [[text("black: painted", ink=ORANGE)], [text(f"turned by {90 * angle[i]}°", ink=BLUE)]]
+        rows.append([*shown, grid([*words, [answer(f"it says {90 * said}°", bool(said == angle[i]))]], x=0)])
     caption = f"""{masked + turned} of an image's {side * side} patches, at random, are set A: {masked} are
-    blacked out, {turned} turned counter-clockwise by one angle. Model M names the angle and repaints the black
-    patches. It minimises the squared error, so it paints the average of what could be there, a blur."""
+    blacked out, {turned} turned counter-clockwise by one angle. Model M names the angle and paints the black
+    patches: by the squared error the average of what could be there, a blur."""
     return "Patch augmentation, and what Model M makes of it", caption, grid(rows, 14)
 
 
@@ -226,10 +228,9 @@ def draw_cka(args: argparse.Namespace, names: list[str]):
             if (i, j) in ((places - 3, places - 2), (places - 3, places - 1)):
                 ImageDraw.Draw(rows[i][-1]).rectangle([0, 0, size - 1, size - 1], outline=ORANGE, width=3)
         halves.append(grid([[f"{when} fine-tuning"], [grid([*rows, ["", *labels]], 1)]]))
-    caption = """Plain (not debiased) linear CKA of CLS in the residual stream after each attention (a1, a2,
-    ...) and each MLP (m1, m2, ...). 1: the same similarity structure over images, 0: none in common. Framed:
-    the two ways to read the report's "before and after the last attention block". Grey: CLS enters the first
-    block the same for every image, so there is nothing to compare."""
+    caption = """Plain (not debiased) linear CKA of CLS after each attention (a1, a2, ...) and each MLP (m1,
+    m2, ...). Framed: the two ways to read the report's "before and after the last attention block". Grey: CLS
+    enters the first block the same for every image, so there is nothing to compare."""
     body = with_scale(grid([halves], 24), 0, 1, "CKA")
     return "Linear CKA of the CLS token along the network", caption, body
 
@@ -265,15 +266,14 @@ def draw_curves(args: argparse.Namespace, names: list[str]):
             charts.append(chart(CURVES[metric], panel, max(ended.values())))
     if not charts:
         return None
-    caption = """One axis of epochs for all: a run that continues another begins where that one ended. Means of
-    each epoch on augmented training images; validation: held-out images as they are (video: static videos; its
-    training accuracy is that of clips). Partner found: views whose nearest neighbour in the batch is the other
-    view of their image. Squared error: of the blacked-out patches, in standardised pixels."""
+    caption = """One axis of epochs for all: a run that goes on from another begins where that one ended.
+    Means of each epoch on augmented training images (video: clips); validation: held-out images. Partner
+    found: views whose nearest neighbour in the batch is the other view of their image."""
     return "Learning curves", caption, grid([charts[k : k + 2] for k in range(0, len(charts), 2)], 28, x=0)
 
 
 def draw_clips(args: argparse.Namespace, names: list[str]):
-    """A clip of each class: how the temporal CLS weighs its frames, what each says by itself, and the clip."""
+    """A clip of each class: how the temporal CLS weighs its frames, what each says by itself, what all do."""
     stored = arrays(args, "video_1")
     if "weights" not in stored:
         return None
@@ -293,9 +293,9 @@ def draw_clips(args: argparse.Namespace, names: list[str]):
                 cell.paste(ORANGE, (0, 37, 46, 46))
             rows[-1].append(grid([[bar], [cell]], 4))
         rows[-1].append(answer(names[said], said == truth))
-    caption = f"""Bar over a frame: attention from the temporal CLS token (one block, mean of the heads), the
-    highest {top:.3f}; the line is an even share, {even:.3f}. Frame blue: this image by itself would be named
-    right; orange, with a thick lower edge: wrong. At the right the answer to the whole clip."""
+    caption = f"""Bar over a frame: attention from the temporal CLS token (mean of the heads), the highest
+    {top:.3f}; the line is an even share, {even:.3f}. Frame blue: this image by itself would be named right;
+    orange, with a thick lower edge: wrong. At the right the answer to the whole clip."""
     return f"Clips of {weights.shape[1]} images, and where the temporal CLS looks", caption, grid(rows, 6)
 
 
@@ -320,9 +320,8 @@ def draw_captions(args: argparse.Namespace, names: list[str]):
         cells.append(grid(lines, 3, x=0))
     gained, lost = np.sum((fused == truth) & (alone != truth)), np.sum((fused != truth) & (alone == truth))
     caption = f"""Captions by {who}. Without: the answer of the control that never saw a caption; with: of
-    fusion; orange with an x: wrong. Of {len(truth):,} images {np.sum(fused != alone):,} get another answer with
-    captions: {gained:,} a right one instead of a wrong one, {lost:,} the other way round. Shown: the first two
-    of each class."""
+    fusion; orange with an x: wrong. Of {len(truth):,} images {np.sum(fused != alone):,} get another answer
+    with captions: {gained:,} a right one instead of a wrong one, {lost:,} the other way round."""
     body = grid([cells[k : k + 5] for k in range(0, len(cells), 5)], 18, x=0, y=0)
     return "Captions, and what they change", caption, body
 
@@ -340,9 +339,9 @@ def draw_words(args: argparse.Namespace, names: list[str]):
             tiles.append(tile(f"{word}\n{weight:.2f}", max(52, 9 * len(word) + 14), 36, paper))
         truth = names[stored["labels"][stored["shown"][i]]]
         rows.append([picture(pixels(stored["images"][i]), 54), truth, grid([tiles], 4)])
-    caption = f"""Captions by {who}. Attention of the temporal CLS over the tokens of the caption (mean of the
-    heads; a row adds up to 1). Tokens are CLIP's pieces of words, between <start> and <end>. CLIP reads from
-    left to right, so attention on the end of the sentence can still be about its beginning."""
+    caption = f"""Captions by {who}. Attention of the temporal CLS over CLIP's pieces of words (mean of the
+    heads; a row adds up to 1). CLIP reads from left to right, so attention on the end of the sentence can
+    still be about its beginning."""
     return "Attention of the image over the words of its caption", caption, grid(rows, 10, x=0)
 
 
@@ -371,37 +370,37 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
         for k in range(1, last + 1, math.ceil(last / 8) or 1):
             path = pathlib.Path(args.out, name, f"epoch{k}.pt")
             scenes |= {f"{what}, epoch {k} of {last}": path} if path.exists() else {}
-    limit = min(args.limit or 5_000, 5_000)
-    train, train_labels = data.load(args.data, "train", limit=limit)
-    images, truth = data.load(args.data, "validation", limit=limit)
+    (train, known), (images, truth) = (
+        data.load(args.data, split, limit=min(args.limit or 5_000, 5_000))
+        for split in ("train", "validation")
+    )
     shown = torch.stack([(truth == k).nonzero()[0, 0] for k in truth.unique()])  # [K]
     maps, guesses, right = [], [], []  # a scene each
     for path in scenes.values():
-        encoder = vit.load_encoder(path)
-        cls, tokens = [], lambda x: encoder(x.float() / 255)  # noqa: B023
-        for x in (images, train):
-            found = vit.evaluate(encoder, contextlib.nullcontext(), tokens, x)  # [n, T, D]
-            cls.append(found[:, 0])
-            if x is images:
-                unit = F.normalize(found[shown], dim=-1)
-                maps.append((unit[:, 1:] @ unit[:, 0, :, None])[..., 0].numpy())  # [K, N]
-        guess = nearest_neighbours(*cls, train_labels)
-        guesses.append(guess[shown])  # [K]
-        right.append(100 * (guess == truth).float().mean().item())
-    caption = f"""Validation images; below each the cosine of CLS with every patch (yellow: high) and the class
-    of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x: wrong). The
-    curve: how often that is right for {len(images):,} images, scene by scene."""
+        encoder, plain = vit.load_encoder(path), contextlib.nullcontext()
+
+        def tokens(x: torch.Tensor) -> torch.Tensor:
+            """[b, 3, S, S] -> [b, T, D], of length one."""
+            return F.normalize(encoder(x.float() / 255), dim=-1)
+
+        seen, keys = (vit.evaluate(encoder, plain, tokens, x) for x in (images, train))
+        maps.append((seen[shown, 1:] @ seen[shown, 0, :, None])[..., 0].numpy())  # [K, N]
+        guesses.append(nearest_neighbours(seen[:, 0], keys[:, 0], known))  # [n]
+        right.append(100 * (guesses[-1] == truth).float().mean().item())
+    caption = f"""Validation images; below each the cosine of CLS with every patch (yellow: high) and the
+    class of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x: wrong).
+    The curve: how often that is right for {len(images):,} images, scene by scene."""
     labels_from, frames = sum("tuning" not in title for title in scenes) - 0.5, []
     for f, title in enumerate(scenes):
         rows = [[], [], []]
-        for i, image in enumerate(pixels(images[shown])):
-            heat = (maps[f][i] - np.min(maps)) / np.ptp(maps)  # [N]
-            side, guess = math.isqrt(len(heat)), names[guesses[f][i]]
-            cells = (picture(image, 80), picture(colour(heat.reshape(side, side)), 80))
-            for row, cell in zip(rows, (*cells, answer(guess, guess == names[truth[shown[i]]]))):
-                row.append(cell)
-        lines = {"": list(enumerate(right[: f + 1]))} | {" ": [(0, min(right)), (0, max(right))]}
-        curve = chart("nearest neighbours right (%)", lines, max(1, len(scenes) - 1), labels_from)
+        for i, image, cosine in zip(shown, pixels(images[shown]), maps[f]):
+            heat, guess = (cosine - np.min(maps)) / np.ptp(maps), guesses[f][i]  # [N]
+            side = math.isqrt(len(heat))
+            rows[0].append(picture(image, 80))
+            rows[1].append(picture(colour(heat.reshape(side, side)), 80))
+            rows[2].append(answer(names[guess], bool(guess == truth[i])))
+        line = {"": list(enumerate(right))}
+        curve = chart("nearest neighbours right (%)", line, max(1, len(scenes) - 1), f, labels_from)
         frames.append(page(title, caption, grid([[grid(rows)], [curve]], 14), footer))
     return frames
 

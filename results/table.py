@@ -60,10 +60,10 @@ for line in LINES.strip().split("\n"):
         TABLE[row] = (words, control)
 REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029, "clips_1": 0.4404}
 REPORTED |= {"clips_2": 0.4244, "fusion_blip": 0.7013, "cka_before": 0.8698, "cka_after": 0.7353}
-NOTES = """A probe reads cls or the mean of the patch tokens, in brackets, as is better on the validation split.
-Tiny captions are not BLIP's, which the report used: a small captioner of the same library class wrote them, trained
-here on the training labels; they hold no knowledge from outside. At best: a logistic regression of the image-only
-model's logits and the class that the caption names, fitted on validation images."""
+NOTES = """A probe reads cls or the mean of the patch tokens, in brackets, as is better on the validation
+split. Tiny captions are not BLIP's, which the report used: a small captioner of the same library class wrote
+them, trained here on the training labels; they hold no knowledge from outside. At best: a logistic regression
+of the image-only model's logits and the class that the caption names, fitted on validation images."""
 
 Rows = dict[str, dict]  # a run's rows, by name
 

@@ -1,24 +1,20 @@
 """How fast is a training step, how much of the machine does it use, and how long is an epoch?
 
     python tests/benchmark.py > results/benchmark.md
-    python tests/benchmark.py --start              # instead: only the third table
 
 First table: the same network (width 192, depth 6, 3 heads, patch 8, 2.7 M parameters, batch 256) as vit.py
 writes it, and as timm, transformers and (where installed) vit-pytorch do, in float32 and in bfloat16
 autocast, in one process, in turns, so that all of them meet the same machine. "Share": floating-point
 operations of the matmuls per second, against a plain 2048 x 2048 matmul in the same precision. Second table:
 one epoch of fine-tuning as ssl.py does it, by AdamW and by Muon, against the usual loop around timm's network
-and torchvision's transforms. Third table: seconds from typing a command to the end of its first step. Not a
-test: nothing here fails.
+and torchvision's transforms. Not a test: nothing here fails.
 """
 
 import argparse
 import contextlib
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 
@@ -42,15 +38,8 @@ def networks() -> dict[str, nn.Module]:
     found["timm"] = timm.models.VisionTransformer(
         img_size=32, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, num_classes=10
     )
-    config = ViTConfig(
-        hidden_size=DIM,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        intermediate_size=4 * DIM,
-        image_size=32,
-        patch_size=PATCH,
-        num_labels=10,
-    )
+    sizes = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_labels": 10}
+    config = ViTConfig(**sizes, intermediate_size=4 * DIM, image_size=32, patch_size=PATCH)
 
     class Logits(nn.Module):
         def __init__(self):
@@ -64,16 +53,8 @@ def networks() -> dict[str, nn.Module]:
     try:
         from vit_pytorch import ViT
 
-        found["vit-pytorch"] = ViT(
-            image_size=32,
-            patch_size=PATCH,
-            num_classes=10,
-            dim=DIM,
-            depth=DEPTH,
-            heads=HEADS,
-            mlp_dim=4 * DIM,
-            dim_head=DIM // HEADS,
-        )
+        sizes = {"image_size": 32, "patch_size": PATCH, "num_classes": 10, "dim": DIM, "depth": DEPTH}
+        found["vit-pytorch"] = ViT(**sizes, heads=HEADS, mlp_dim=4 * DIM, dim_head=DIM // HEADS)
     except ImportError:
         pass
     return found
@@ -215,53 +196,20 @@ def epoch_table(where: str, number: int) -> None:
         print(f"| {name} | {precision} | {number / seconds:.0f} |")
 
 
-COMMANDS = [
-    "ssl.py pretrain --task m --epochs 1 --batch 128",
-    "ssl.py finetune --epochs 1 --batch 128",
-    "video.py --checkpoint OUT/m.pt --frames 6 --clips 20 --blocks 2 --epochs 1",
-    "multimodal.py tiny --checkpoint OUT/m.pt --epochs 1 --batch 128",
-    "multimodal.py caption --captioner tiny",
-    "multimodal.py embed --captions OUT/captions_tiny.json",
-    "multimodal.py fuse --captions OUT/captions_tiny.json --epochs 1 --batch 128",
-]
-
-
-def start_table() -> None:
-    """How long a newcomer waits: each command on 256 drawn images, of three starts the fastest."""
-    print("| from typing the command to its end, 256 images | seconds |\n|---|---:|")
-    with tempfile.TemporaryDirectory() as out:
-        for words in COMMANDS:
-            common = ["--data", "synthetic", "--limit", "256", "--out", out]
-            fresh = [] if "embed" in words else ["--fresh"]
-            command, best = [sys.executable, *words.replace("OUT", out).split(), *common, *fresh], 1e9
-            for _ in range(3):
-                start = time.perf_counter()
-                subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-                best = min(best, time.perf_counter() - start)
-            print(f"| {' '.join(words.split()[:2])} | {best:.1f} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--seconds", type=float, default=2.0, help="per network, precision and round; there are three rounds")
     add("--images", type=int, default=9000, help="of the epoch in the second table")
     add("--device", default="auto")
-    add("--start", action="store_true", help="only the third table")
     args = parser.parse_args()
-    if not args.start:
-        packages = ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torchvision")
-        )
-        kind = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-        print(
-            f"# Speed\n\nWritten by `python tests/benchmark.py > results/benchmark.md` on {kind}; {packages}.\n"
-        )
-        step_table(args.device, args.seconds)
-        print()
-        epoch_table(args.device, args.images)
-        print()
-    start_table()
+    packages = [f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torchvision")]
+    kind = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    print("# Speed\n\nWritten by `python tests/benchmark.py > results/benchmark.md`;")
+    print(f"{kind}; {', '.join(packages)}.\n")
+    step_table(args.device, args.seconds)
+    print()
+    epoch_table(args.device, args.images)
 
 
 if __name__ == "__main__":

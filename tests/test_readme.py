@@ -1,4 +1,4 @@
-"""What the pages people read promise: every command parses, every link leads somewhere, every recipe works."""
+"""What README promises: every command parses, every link leads somewhere, every recipe works."""
 
 import importlib
 import re
@@ -69,7 +69,7 @@ def test_pictures_are_small():
     assert (ROOT / "results" / "figures" / "learning.gif").stat().st_size < 5e5
 
 
-# -------------------------------------------------------------------------------------------- images of one's own
+# -------------------------------------------------------------------------------- images of one's own
 
 
 @pytest.fixture
