@@ -8,7 +8,7 @@
 Depends on vit.py and data.py: copy this file with those two.
 
     python ssl.py pretrain --task infonce --epochs 4
-    python ssl.py pretrain --task m --init runs/mine/infonce.pt --epochs 1
+    python ssl.py pretrain --task m --init runs/mine/infonce.pt --epochs 3
     python ssl.py probe --checkpoint runs/mine/infonce.pt runs/mine/m.pt
     python ssl.py finetune --checkpoint runs/mine/m.pt --epochs 6
 
@@ -26,8 +26,8 @@ from __future__ import annotations
 if __name__ == "ssl":
     # Python looks in the script's own folder first, so `import ssl`, as in torch, finds this file instead of
     # Python's own ssl. Under that name it steps aside: it loads the real module, and the import system hands
-    # that one out. The rest is executed all the same, with a stand-in for what can't be imported yet. (What
-    # you import below, and use outside of functions, belongs into its line.)
+    # that one out. The rest is executed all the same, with a stand-in for what can't be imported yet. (Add to
+    # its line what you import below and use outside of functions.)
     import importlib.machinery
     import importlib.util
     import sys
@@ -282,8 +282,8 @@ def probe(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)  # an untrained encoder does not depend on the rows before it
         encoder = None
         if path != "pixels":
-            args.patch = args.dim = None
-            encoder = encoder_of(args, None if path == "untrained" else path, images["train"]).to(device)
+            own = argparse.Namespace(**vars(args))  # what encoder_of writes there is of this encoder only
+            encoder = encoder_of(own, None if path == "untrained" else path, images["train"]).to(device)
         if path not in ("pixels", "untrained"):
             state = vit.read_checkpoint(path)
             row |= {"epochs": state["epoch"], "seconds": state["seconds"]}
@@ -300,7 +300,7 @@ def probe(args: argparse.Namespace) -> None:
                     row |= {"feature": feature, "decay": decay, "validation": right["validation"]}
                     row["value"] = right[args.split]
         row |= {"seconds": row["seconds"] + time.perf_counter() - start, "provenance": source.provenance}
-        name = args.name or f"{pathlib.Path(path).stem}_probe"
+        name = f"{pathlib.Path(path).stem}_{args.name or 'probe'}"
         vit.record(args, name, images[args.split], labels[args.split], **row)
 
 

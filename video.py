@@ -28,8 +28,8 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
@@ -186,19 +186,16 @@ def train(args: argparse.Namespace) -> None:
     schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, args.epochs * steps, args.warmup))
     name = args.name or ("video_divided" if args.model == "divided" else f"video_{args.blocks}")
     run = vit.Run(args, name, model, optimizer, schedule, steps, recipe)
-    cross_entropy = torch.nn.functional.cross_entropy
 
     for epoch in range(run.epoch, args.epochs):
         model.train()
         sampler.set_epoch(epoch)
         for index in clip_batches(sampler, args.clips):  # [C, F]
             index = index.to(device)
-            x, y = (
-                data.crop_flip(images[index.flatten()], run.generator),
-                labels[index[:, 0]],
-            )  # [C*F, ...], [C]
+            x = data.crop_flip(images[index.flatten()], run.generator)  # [C*F, 3, S, S]
+            y = labels[index[:, 0]]  # [C]
             with autocast:
-                encoded = model.encode(x)  # [C*F, D]
+                encoded = model.encode(x)  # [C*F, D]; divided: [C*F, T, D]
                 logits = model.temporal(encoded.unflatten(0, index.shape))  # [C, K]
             loss = cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
             if args.frame_loss:

@@ -617,7 +617,7 @@ def row_path(args: argparse.Namespace, name: str, kind: str = "json") -> pathlib
 def record(args: argparse.Namespace, name: str, images: Tensor, labels: Tensor, **row) -> None:
     """Write a row of the table: `value` (a fraction) and what else it says, in a file of its own, so that
     stages may run side by side. images, labels: what it was measured on."""
-    gpu = args.device == "cuda"
+    gpu = args.device.startswith("cuda")
     chip = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
     row |= {key: vars(args)[key] for key in ("split", "seed", "limit", "precision")}
     row |= {"command": shlex.join(["python", *sys.argv]), "images": hash_of(images, labels)}

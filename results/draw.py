@@ -140,26 +140,21 @@ def chart(title: str, lines: dict[str, list[tuple]], last: int, until: float = 1
 
 
 # ---------------------------------------------------------------- the pictures
-# Each function returns a title, a caption that says how to read it, and the body; None where the stage has
-# left nothing to draw. args: --out, --data, --split.
+# Each function returns a title, a caption that says how to read it, and the body. It gets the options, the
+# names of the classes, and what PICTURES says that it needs.
 
 
-def arrays(args: argparse.Namespace, name: str):
-    """The arrays of a row; an empty dict where there are none."""
-    path = vit.row_path(args, name, "npz")
-    return np.load(path) if path.exists() else {}
-
-
-def checkpoint(args: argparse.Namespace, name: str) -> dict | None:
-    """The checkpoint of that name; None where there is none."""
-    path = pathlib.Path(args.out, f"{name}.pt")
-    return vit.read_checkpoint(path) if path.exists() else None
-
-
-def draw_patches(args: argparse.Namespace, names: list[str]):
-    """Set A, and what Model M answers: the black patches repainted, and the angle."""
-    if not (state := checkpoint(args, "m")):
+def read(args: argparse.Namespace, what: str):
+    """A checkpoint (NAME.pt) or a row's arrays (NAME.npz) of the run; None where there is none."""
+    name, kind = what.split(".")
+    path = vit.row_path(args, name, kind) if kind == "npz" else pathlib.Path(args.out, what)
+    if not path.exists():
         return None
+    return dict(np.load(path)) if kind == "npz" else vit.read_checkpoint(path)
+
+
+def draw_patches(args: argparse.Namespace, names: list[str], state: dict):
+    """Set A, and what Model M answers: the black patches repainted, and the angle."""
     model = vit.ModelM(vit.ViT(**state["config"])).eval()
     model.load_state_dict(state["model"])
     patch, masked, turned = (state["recipe"][key] for key in ("patch", "masked", "turned"))
@@ -194,10 +189,8 @@ def draw_patches(args: argparse.Namespace, names: list[str]):
     return "Patch augmentation, and what Model M makes of it", caption, grid(rows, 14)
 
 
-def draw_maps(args: argparse.Namespace, names: list[str]):
+def draw_maps(args: argparse.Namespace, names: list[str], stored: dict):
     """CLS-patch similarity of some images, before and after fine-tuning, in one colour scale."""
-    if not (stored := arrays(args, "maps")):
-        return None
     cosines = np.stack([stored["before"], stored["after"]])  # [2, K, N]
     low, high, side = cosines.min(), cosines.max(), math.isqrt(cosines.shape[-1])
     images = pixels(stored["images"])
@@ -213,10 +206,8 @@ def draw_maps(args: argparse.Namespace, names: list[str]):
     return "Similarity of CLS with every patch", caption, with_scale(grid(rows), low, high, "cosine")
 
 
-def draw_cka(args: argparse.Namespace, names: list[str]):
+def draw_cka(args: argparse.Namespace, names: list[str], stored: dict):
     """Place-by-place CKA of CLS, before and after fine-tuning."""
-    if not (stored := arrays(args, "cka")):
-        return None
     places = len(stored["before"])
     labels, size = ["in"] + [f"{kind}{b}" for b in range(1, places // 2 + 1) for kind in "am"], 480 // places
     halves = []
@@ -253,7 +244,7 @@ def draw_curves(args: argparse.Namespace, names: list[str]):
     """Every metric that the stages noted, over all epochs that led there."""
     ended, panels = {}, {metric: {} for metric in CURVES}  # ended: hash of a run's last weights -> epoch
     for name in TRAINED:  # each after the one that it starts from
-        if state := checkpoint(args, name):
+        if state := read(args, f"{name}.pt"):
             begin = ended.get(state["recipe"]["start"], 0)
             ended[vit.hash_of(*state["model"].values())] = begin + state["epoch"]
             for metric, panel in panels.items():
@@ -272,11 +263,8 @@ def draw_curves(args: argparse.Namespace, names: list[str]):
     return "Learning curves", caption, grid([charts[k : k + 2] for k in range(0, len(charts), 2)], 28, x=0)
 
 
-def draw_clips(args: argparse.Namespace, names: list[str]):
+def draw_clips(args: argparse.Namespace, names: list[str], stored: dict):
     """A clip of each class: how the temporal CLS weighs its frames, what each says by itself, what all do."""
-    stored = arrays(args, "video_1")
-    if "weights" not in stored:
-        return None
     weights = stored["weights"][:, 1:]  # [K, F]; the rest of the attention stays on CLS itself
     top, even = weights.max(), 1 / (weights.shape[1] + 1)
     rows = [["true class", *[""] * weights.shape[1], "answer"]]
@@ -299,17 +287,8 @@ def draw_clips(args: argparse.Namespace, names: list[str]):
     return f"Clips of {weights.shape[1]} images, and where the temporal CLS looks", caption, grid(rows, 6)
 
 
-def fusion(args: argparse.Namespace, kind: str):
-    """The arrays of fusion, with BLIP's captions where this run has them; and who wrote these."""
-    blip = arrays(args, f"fusion_blip{kind}")
-    return (blip, "the real BLIP") if blip else (arrays(args, f"fusion_tiny{kind}"), "a small captioner")
-
-
-def draw_captions(args: argparse.Namespace, names: list[str]):
+def draw_captions(args: argparse.Namespace, names: list[str], stored: dict, control: dict):
     """Images with their captions, and what the fusion model and the control without text answer."""
-    (stored, who), (control, _) = fusion(args, ""), fusion(args, "_image_only")
-    if not (stored and control):
-        return None
     truth, fused, alone = stored["labels"], stored["guess"], control["guess"]
     cells = []
     for image, caption, k in zip(pixels(stored["images"]), stored["captions"], stored["shown"]):
@@ -319,18 +298,15 @@ def draw_captions(args: argparse.Namespace, names: list[str]):
         lines.append([answer(f"with: {names[fused[k]]}", fused[k] == truth[k])])
         cells.append(grid(lines, 3, x=0))
     gained, lost = np.sum((fused == truth) & (alone != truth)), np.sum((fused != truth) & (alone == truth))
-    caption = f"""Captions by {who}. Without: the answer of the control that never saw a caption; with: of
-    fusion; orange with an x: wrong. Of {len(truth):,} images {np.sum(fused != alone):,} get another answer
-    with captions: {gained:,} a right one instead of a wrong one, {lost:,} the other way round."""
+    caption = f"""Without: the answer of the control that never saw a caption; with: of fusion; orange with an
+    x: wrong. Of {len(truth):,} images {np.sum(fused != alone):,} get another answer with captions: {gained:,}
+    a right one instead of a wrong one, {lost:,} the other way round. Captions by WHO."""
     body = grid([cells[k : k + 5] for k in range(0, len(cells), 5)], 18, x=0, y=0)
     return "Captions, and what they change", caption, body
 
 
-def draw_words(args: argparse.Namespace, names: list[str]):
+def draw_words(args: argparse.Namespace, names: list[str], stored: dict):
     """How the image's query shares its attention among the words of the caption."""
-    stored, who = fusion(args, "_tokens")
-    if not stored:
-        return None
     top, rows = stored["weights"].max(), [["", "true class", "the caption, token by token"]]
     for i in range(0, len(stored["shown"]), 2):
         tiles = []
@@ -339,14 +315,20 @@ def draw_words(args: argparse.Namespace, names: list[str]):
             tiles.append(tile(f"{word}\n{weight:.2f}", max(52, 9 * len(word) + 14), 36, paper))
         truth = names[stored["labels"][stored["shown"][i]]]
         rows.append([picture(pixels(stored["images"][i]), 54), truth, grid([tiles], 4)])
-    caption = f"""Captions by {who}. Attention of the temporal CLS over CLIP's pieces of words (mean of the
-    heads; a row adds up to 1). CLIP reads from left to right, so attention on the end of the sentence can
-    still be about its beginning."""
+    caption = """Captions by WHO. Attention of the temporal CLS over CLIP's pieces of words (mean of the
+    heads; a row adds up to 1). CLIP reads from left to right: the end can still be about the beginning."""
     return "Attention of the image over the words of its caption", caption, grid(rows, 10, x=0)
 
 
-PICTURES = {"patches": draw_patches, "maps": draw_maps, "cka": draw_cka, "curves": draw_curves}
-PICTURES |= {"clips": draw_clips, "captions": draw_captions, "words": draw_words}
+PICTURES = {  # name -> what draws it, and what that needs; WHO: tiny, or blip where it captioned
+    "patches": (draw_patches, ["m.pt"]),
+    "maps": (draw_maps, ["maps.npz"]),
+    "cka": (draw_cka, ["cka.npz"]),
+    "curves": (draw_curves, []),
+    "clips": (draw_clips, ["video_1.npz"]),
+    "captions": (draw_captions, ["fusion_WHO.npz", "fusion_WHO_image_only.npz"]),
+    "words": (draw_words, ["fusion_WHO_tokens.npz"]),
+}
 
 # ---------------------------------------------------------------- the film
 
@@ -366,7 +348,7 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
     """Maps and nearest neighbours, epoch by epoch, of the trainings that kept their epochs."""
     scenes = {}  # title -> checkpoint
     for name, what in FILM.items():
-        last = state["epoch"] if (state := checkpoint(args, name)) else 0
+        last = state["epoch"] if (state := read(args, f"{name}.pt")) else 0
         for k in range(1, last + 1, math.ceil(last / 8) or 1):
             path = pathlib.Path(args.out, name, f"epoch{k}.pt")
             scenes |= {f"{what}, epoch {k} of {last}": path} if path.exists() else {}
@@ -407,13 +389,18 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
 
 def main() -> None:
     args = argparse.ArgumentParser(parents=[vit.common_options()]).parse_args()
-    source, folder = data.source(args.data), pathlib.Path(args.out, "figures")
-    footer = f"{source.provenance}; run {pathlib.Path(args.out).name}"
-    for name, draw in PICTURES.items():
-        drawn = draw(args, source.classes)
+    source, out = data.source(args.data), pathlib.Path(args.out)
+    footer, who = f"{source.provenance}; run {out.name}", "tiny"
+    if (out / "captions_blip.json").exists():
+        who = "blip"
+    for name, (draw, needs) in PICTURES.items():
+        inputs = [read(args, what.replace("WHO", who)) for what in needs]
+        drawn = draw(args, source.classes, *inputs) if all(inputs) else None
         if drawn:
-            with vit.whole_file(folder / f"{name}.png") as file:
-                page(*drawn, footer).save(file, "PNG", optimize=True)
+            title, caption, body = drawn
+            caption = caption.replace("WHO", "BLIP" if who == "blip" else "a small captioner trained here")
+            with vit.whole_file(out / "figures" / f"{name}.png") as file:
+                page(title, caption, body, footer).save(file, "PNG", optimize=True)
         print(f"{name}: {'drawn' if drawn else 'nothing to draw, its stage has not run'}", flush=True)
     frames = draw_film(args, source.classes, footer)
     if frames:
@@ -421,9 +408,9 @@ def main() -> None:
         palette = every.quantize(200)  # one for all frames, so that what stands still costs nothing
         first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         times = [900] * len(others) + [3000]  # in milliseconds
-        with vit.whole_file(folder / "learning.gif") as file:
+        with vit.whole_file(out / "figures" / "learning.gif") as file:
             first.save(file, "GIF", save_all=True, append_images=others, duration=times, loop=0)
-    print(f"learning.gif: {len(frames)} frames; all in {folder}")
+    print(f"learning.gif: {len(frames)} frames; all in {out / 'figures'}")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,13 @@ def publish(root: pathlib.Path) -> None:
     folders = {name: out for name, out in folders.items() if (out / "rows").exists()}
     profiles = {name: runs_of(out) for name, out in folders.items()}
     page = filled((root / "results/report.template.md").read_text(), profiles)
-    readme, block = (root / "README.md").read_text(), markdown(table(profiles))
+    # README.md shows the rows that the report has, and the controls of these
+    shown = [
+        line
+        for line in table(profiles)
+        if line[1] or line[0] in ("pixels_probe", "finetune_scratch", "video_1")
+    ]
+    readme, block = (root / "README.md").read_text(), markdown(shown)
     readme = re.sub(r"(?s)(<!-- results -->\n).*(\n<!-- end -->)", lambda m: m[1] + block + m[2], readme)
     pages = {"results/report.md": page.replace("{commands}", commands(next(iter(folders.values()))))}
     pages |= {"README.md": readme, "results/results.json": json.dumps(profiles, indent=1) + "\n"}

@@ -136,7 +136,7 @@ def test_a_picture_says_that_its_stage_has_not_run_and_a_fault_in_it_is_not_hidd
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setitem(draw.PICTURES, "maps", broken)
+    monkeypatch.setitem(draw.PICTURES, "maps", (broken, []))
     with pytest.raises(KeyError, match="a bug"):
         call("results/draw.py", *few)
 
