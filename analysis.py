@@ -90,7 +90,8 @@ def maps(args: argparse.Namespace) -> None:
         arrays[when], rows[when] = cosines[shown.cpu()], focus(cosines)
     store(args, "maps", arrays)
     for when, row in rows.items():
-        vit.record(args, f"maps_{when}", images, labels, value=row.pop("entropy"), **row, **about(args))
+        row |= {"value": row.pop("entropy"), "provenance": data.source(args.data).provenance}
+        vit.record(args, named(args, f"maps_{when}"), images, labels, **row)
 
 
 # ---------------------------------------------------------------- CKA
@@ -180,28 +181,28 @@ def cka(args: argparse.Namespace) -> None:
             "attentions": debiased.diagonal(1)[2::2].tolist(),
             "blocks": debiased.diagonal(2)[2::2].tolist(),
         }
-        arrays[when], rows[when] = plain, row | {"number": len(images)}
+        arrays[when], rows[when] = plain, row | {"provenance": data.source(args.data).provenance}
     store(args, "cka", arrays)
     for when, row in rows.items():
-        vit.record(args, f"cka_{when}", images, labels, **row, **about(args))
+        vit.record(args, named(args, f"cka_{when}"), images, labels, **row)
 
 
 # ---------------------------------------------------------------- the stage
 
 
 def two_encoders(args: argparse.Namespace) -> dict[str, str]:
-    """The checkpoints to compare: of an encoder before fine-tuning and of the same after it."""
+    """The checkpoints to compare, of an encoder before fine-tuning and after it."""
     return {"before": args.before or f"{args.out}/m.pt", "after": args.after or f"{args.out}/finetune.pt"}
 
 
-def about(args: argparse.Namespace) -> dict[str, str]:
-    """What each row says beside its numbers."""
-    return {"provenance": data.source(args.data).provenance}
+def named(args: argparse.Namespace, name: str) -> str:
+    """A row's name; --name is put in front of it, for another pair of checkpoints."""
+    return f"{args.name}_{name}" if args.name else name
 
 
 def store(args: argparse.Namespace, name: str, arrays: dict) -> None:
     """Keep arrays for the pictures."""
-    with vit.whole_file(vit.row_path(args, name, "npz")) as file:
+    with vit.whole_file(vit.row_path(args, named(args, name), "npz")) as file:
         np.savez_compressed(file, **arrays)
 
 

@@ -54,7 +54,7 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 4) 
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
     at = torch.arange(S, device=images.device) + shift  # [2, B, S], from -pad to S - 1 + pad
     rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()  # [B, S] each, reflected: -1 -> 1, S -> S - 2
-    mirror = uniform(images, 0, 1, generator, 1) < 0.5
+    mirror = uniform(images, 0, 1, generator, 1) < 0.5  # [B, 1]
     columns = torch.where(mirror, columns.flip(1), columns)
     b = torch.arange(B, device=images.device)[:, None, None]  # [B, 1, 1]
     # indices around a slice put the indexed axes in front: [B, S, S, 3]
@@ -65,8 +65,8 @@ def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=
     """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored:
     uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A, which crops
     down to 0.08 of the area: of 32 pixels that leaves 9 a side, MoCo's 0.2 leaves 14.)"""
-    area = uniform(images, *scale, generator)
-    ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    area = uniform(images, *scale, generator)  # [B]
+    ratio = uniform(images, math.log(3 / 4), math.log(4 / 3), generator).exp()  # [B]
     # one rectangle in six is wider or higher than the image, and is cut to it (torchvision draws again)
     w = (area * ratio).sqrt().clamp(max=1)  # [B], as a share of the image's width
     h = (area / ratio).sqrt().clamp(max=1)  # [B], of its height
@@ -186,7 +186,9 @@ def own_part(x: Tensor) -> Tensor:
         return x
     processes = dist.get_world_size()
     if len(x) % processes:
-        sys.exit(f"{len(x)} can't be shared out evenly among {processes} processes; choose another batch")
+        sys.exit(
+            f"{len(x)} can't be shared out among {processes} processes; choose another --batch or --clips"
+        )
     return x.chunk(processes)[dist.get_rank()]
 
 
@@ -231,9 +233,9 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         for m in self.members:
             m = m[torch.randperm(len(m), generator=g)]
             batches.append(m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist())
-        for turn in itertools.zip_longest(*batches):  # one batch of each class that has one left
-            order = torch.randperm(len(turn), generator=g).tolist()
-            yield from (turn[k] for k in order if turn[k])
+        for one_each in itertools.zip_longest(*batches):  # of each class that has one left
+            order = torch.randperm(len(one_each), generator=g).tolist()
+            yield from (one_each[k] for k in order if one_each[k])
 
 
 # ---------------------------------------------------------------- Part 4: which images
@@ -263,14 +265,12 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     validation   5,000, held out of the official training set, always the same: choose with these
     test        10,000, the official test set: for the final number only
 
-    `data`: see `source`; `limit` keeps so many images (None: all).
-    """
+    `data`: see `source`; `limit`: at most so many images (None: all)."""
     images, labels = source(data).read(split, limit)
     return images.to(device), labels.to(device)
 
 
 # ---------------------------------------------------------------- Part 5: disk and network
-# Nothing below is about learning.
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # labels and pixels, no pickle
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -360,11 +360,11 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tenso
     Colours, place, size and angle have nothing to do with the class, so pixel values say little about it."""
     g = Generator().manual_seed(seed)
     labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
-    angle, scale, left, top = torch.rand(4, number, 1, 1, generator=g)
+    angle, scale, left, top = torch.rand(4, number, 1, 1, generator=g)  # [n, 1, 1] each
     angle, scale = 2 * math.pi * angle, 0.4 + 0.4 * scale
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]
     x, y = x - 0.7 * left + 0.35, y - 0.7 * top + 0.35  # [n, S, S]
-    u = (x * angle.cos() + y * angle.sin()) / scale  # the shape's own coordinates
+    u = (x * angle.cos() + y * angle.sin()) / scale  # the shape's own coordinates, [n, S, S]
     v = (y * angle.cos() - x * angle.sin()) / scale
     r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
     shapes = [
@@ -380,7 +380,7 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tenso
         (box < 0.9) & (torch.sin(6 * u) * torch.sin(6 * v) > 0),  # checkers
     ]
     inside = torch.stack(shapes)[labels, torch.arange(number)][:, None]  # [n, 1, S, S]
-    ink, ground = torch.randint(256, (2, number, 3, 1, 1), generator=g, dtype=torch.uint8)
+    ink, ground = torch.randint(256, (2, number, 3, 1, 1), generator=g, dtype=torch.uint8)  # [n, 3, 1, 1]
     return torch.where(inside, ink, ground), labels
 
 

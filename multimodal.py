@@ -121,8 +121,7 @@ class Fusion(nn.Module):
     """The video model with a cross-attention block after its last spatio-temporal block.
 
     Only the temporal CLS asks: no later block would read what other tokens had learned from the text. Two
-    controls see less: with `image=False` a learned vector asks in place of the image, with `text=False`
-    nothing is asked.
+    controls see less: with `image=False` a learned vector asks, with `text=False` nothing is asked.
     """
 
     def __init__(self, model: video.FactorisedEncoder, text_dim: int, image: bool = True, text: bool = True):
@@ -232,9 +231,8 @@ def caption(args: argparse.Namespace) -> None:
     source, images, labels = data.source(args.data), {}, {}  # of each split
     for split in SPLITS:
         images[split], labels[split] = data.load(args.data, split, device, args.limit)
-    if args.captioner == "blip":
-        found, models = {"model": args.blip}, [load_blip(args.blip)]
-    else:
+    models, found = [], {"model": args.blip}
+    if args.captioner == "tiny":
         made_of = vit.hash_of(images["train"], labels["train"])
         models, weights = load_small_blips(args.out, source.classes, made_of)
         found = {"model": f"small BLIP trained here, {weights}"}
@@ -249,6 +247,8 @@ def caption(args: argparse.Namespace) -> None:
             if before[key] != value:
                 sys.exit(f"{path} was made with another {key}; --fresh replaces it, --name keeps it")
     found["captions"] = captions
+    if not models and any(len(captions[split]) < len(images[split]) for split in SPLITS):
+        models = [load_blip(args.blip)]
 
     for split in SPLITS:
         done, n = captions[split], len(images[split])
@@ -269,9 +269,8 @@ def caption(args: argparse.Namespace) -> None:
 
     x, y = images[args.split], labels[args.split]
     named = torch.tensor([named_class(c, source.classes) for c in captions[args.split]], device=device)  # [n]
-    row = {"value": (named == y).float().mean(), "names_none": (named < 0).float().mean()}
-    row |= {"captioner": args.captioner, "model": found["model"], "provenance": source.provenance}
-    vit.record(args, name, x, y, **row)
+    about = {"captioner": args.captioner, "model": found["model"], "provenance": source.provenance}
+    vit.record(args, name, x, y, value=(named == y).float().mean(), **about)
 
 
 # ---------------------------------------------------------------- Part 3: embeddings
@@ -326,7 +325,6 @@ def embed(args: argparse.Namespace) -> None:
 
     found = read_captions(args.captions)
     distinct = list(dict.fromkeys(caption for split in SPLITS for caption in found["captions"][split]))
-    args.precision = "float32"
     device, _ = vit.set_up(args)
     usual = "tiny" if found["captioner"] == "tiny" else "ViT-B-32"
     model, tokenizer, clip = load_clip(args.clip or usual, args.out)
@@ -557,7 +555,6 @@ def fuse(args: argparse.Namespace) -> None:
     table = torch.load(embeddings_path(args), weights_only=True)
     number = {caption: i for i, caption in enumerate(table["captions"])}
     start = args.checkpoint or f"{args.out}/video_2.pt"
-    base = video.load_video(start)
     device, autocast = vit.set_up(args)
     source, images, labels, which, named = data.source(args.data), {}, {}, {}, {}  # of each split
     for split in dict.fromkeys(("train", "validation", args.split)):
@@ -567,6 +564,7 @@ def fuse(args: argparse.Namespace) -> None:
             sys.exit(f"{args.captions} has changed since `multimodal.py embed`; type that command again")
         which[split] = torch.tensor([number[c] for c in captions], device=device)  # its caption's number, [n]
         named[split] = torch.tensor([named_class(c, source.classes) for c in captions], device=device)  # [n]
+    base = video.load_video(start, images["train"].shape[-1])
     # pooled: the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
     states = [s if args.text == "tokens" else s[-1:] for s in table["states"]]
     length = torch.tensor([len(s) for s in states])
@@ -618,11 +616,12 @@ def fuse(args: argparse.Namespace) -> None:
         with vit.whole_file(vit.row_path(args, name, "npz")) as file:
             np.savez_compressed(file, **for_pictures(model, x, y, i, logits, table, states, is_word))
         vit.record(args, name, x, y, value=vit.accuracy(logits, y), **run.row(), **about)
-        if control == "image_only":
+        if control == "image_only" and args.split == "test":  # else fitted and judged on the same images
             held_out = vit.evaluate(model, autocast, answer, images["validation"], own["validation"])
             fitted = (held_out, named["validation"], labels["validation"])
-            value, without = bound(*fitted, logits, named[args.split], y)
-            vit.record(args, name.replace("image_only", "bound"), x, y, value=value, without=without, **about)
+            value, without = bound(*fitted, logits, named["test"], y)
+            name = name.removesuffix("_image_only") + "_bound"
+            vit.record(args, name, x, y, value=value, without=without, **about)
 
 
 def bound(logits: Tensor, named: Tensor, labels: Tensor, logits2: Tensor, named2: Tensor, labels2: Tensor):

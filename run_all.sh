@@ -11,7 +11,7 @@
 # test     the tests
 #
 # --data synthetic takes drawn shapes instead of CIFAR-10, and so does a run that finds no CIFAR-10 and no network.
-# NPROC=2 bash run_all.sh ... trains with so many processes, one per GPU (torchrun); the results stay the same.
+# NPROC=2 bash run_all.sh ... trains with two processes, one per GPU (torchrun); the same but for what chance does.
 # A finished stage is not trained again, an interrupted one goes on where it was: after any accident type the same
 # again (without --fresh, which empties the run's folder first).
 set -euo pipefail
@@ -72,11 +72,11 @@ case $profile in
   # the report's epochs for Model M, fine-tuning and clips; it names none for InfoNCE and captions
   full)   infonce=40 m=20 finetune=50 clips=25 captioner=25 fusion=1 frozen=0 enlarge=48 ;;
 esac
-train=python  # what starts the stages that train
-if [ "${NPROC:-1}" != 1 ]; then
-  # by number, as some machines can't look up their own name
-  train="torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=$NPROC"
-fi
+case ${NPROC:-1} in  # what starts the stages that train; the address by number, as some machines don't know their name
+  1) train=python ;;
+  2) train="torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2" ;;
+  *) fail "NPROC must be 1 or 2: batches of 128 images and 10 clips are shared out evenly" ;;
+esac
 
 if [ "$data" != synthetic ]; then
   printf '\n== the images\n$ python data.py --data %q\n' "$data"

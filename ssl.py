@@ -26,8 +26,7 @@ from __future__ import annotations
 if __name__ == "ssl":
     # Python looks in the script's own folder first, so `import ssl`, as in torch, finds this file instead of
     # Python's own ssl. Under that name it steps aside: it loads the real module, and the import system hands
-    # that one out. The rest is executed all the same, with a stand-in for what can't be imported yet. (Add to
-    # its line what you import below and use outside of functions.)
+    # that one out. The rest is executed all the same, with a stand-in for what can't be imported yet.
     import importlib.machinery
     import importlib.util
     import sys
@@ -48,7 +47,7 @@ if __name__ == "ssl":
         def __mro_entries__(self, _):
             return ()
 
-    torch = F = nn = Tensor = LambdaLR = data = vit = Anything()
+    torch = F = nn = Tensor = LambdaLR = data = vit = Anything()  # and what else you use outside of functions
 else:
     import argparse
     import pathlib
@@ -94,8 +93,8 @@ def pretrain_infonce(args: argparse.Namespace) -> None:
     schedule = LambdaLR(optimizer, lambda step: vit.triangle(step, args.epochs * steps, args.warmup))
     run = vit.Run(args, args.name or "infonce", model, optimizer, schedule, steps, recipe)
 
-    # What a stop must not lose, say an EMA teacher, has to be part of `model`, whose weights are all that a
-    # checkpoint knows. What you write to a file within an epoch comes twice if a stop cuts that epoch off.
+    # A checkpoint is written after each epoch. Of your own things it knows what is part of `model` (put an
+    # EMA teacher there); what you write to a file within an epoch comes twice if that epoch is cut off.
     for _ in range(run.epoch, args.epochs):
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):

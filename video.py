@@ -241,14 +241,14 @@ def clips_for_the_picture(model: FactorisedEncoder, images: Tensor, labels: Tens
     return {key: torch.stack(values) for key, values in found.items() if values}
 
 
-def load_video(path: str) -> FactorisedEncoder:
-    """The factorised encoder in a checkpoint written by `train`."""
-    state = vit.read_checkpoint(path)
+def load_video(path: str, size: int) -> FactorisedEncoder:
+    """The factorised encoder, for images of `size` pixels, in a checkpoint written by `train`."""
+    state, encoder = vit.read_checkpoint(path), vit.load_encoder(path, size)
     recipe = state["recipe"]
     if recipe.get("model") != "encoder":
         sys.exit(f"{path} holds no factorised encoder; `python video.py --model encoder` makes one")
     classes = len(state["model"]["head.bias"])
-    model = FactorisedEncoder(vit.ViT(**state["config"]), recipe["blocks"], recipe["frames"], classes)
+    model = FactorisedEncoder(encoder, recipe["blocks"], recipe["frames"], classes)
     model.load_state_dict(state["model"])
     return model
 

@@ -49,6 +49,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} can't be shared out evenly among {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # three projections side by side: one big matmul is faster
         self.proj = nn.Linear(dim, dim)
@@ -74,8 +76,7 @@ class Block(nn.Module):
 
     The path from input to output has no norm on it (pre-norm). With a norm after each sum (post-norm, as in
     Vaswani et al.) the gradients near the output are large at initialisation, so that training needs a long
-    warm-up or diverges; with pre-norm it does not (Xiong et al. 2020). The MLP is four times as wide inside,
-    as in both papers: two thirds of a block's weights.
+    warm-up or diverges; with pre-norm it does not (Xiong et al. 2020). The MLP is four times as wide inside.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
@@ -153,8 +154,7 @@ def standardise(images: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Small weights and zero biases in linear layers, as timm's and DeiT's ViTs start (for use with
-    nn.Module.apply). The patch embedding, a convolution, and the heads put on later keep PyTorch's start."""
+    """Small weights and zero biases in linear layers, as timm's and DeiT's ViTs start (nn.Module.apply)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -312,7 +312,7 @@ class Muon(torch.optim.AdamW):
 
 
 # the weights inside a network, by where they are: in our blocks, in BLIP's layers, in CLIP's resblocks
-INSIDE = re.compile(r"(^|\.)(blocks?|temporal|layers?|resblocks|patch_embedding)\.")
+INSIDE = re.compile(r"(^|\.)(blocks?|temporals?|layers?|resblocks|patch_embedding)\.")
 PARTS = {".qkv.weight": 3, ".in_proj_weight": 3, ".kv.weight": 2}  # several matrices on top of each other
 # of these, rows are looked up, not multiplied
 TABLES = re.compile(r"(^|\.)(cls|positions)$|(class|position|positional|word|token)_embedding")
@@ -324,8 +324,7 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
 
     Weight decay pulls matrices towards zero, so that what no image asks for is forgotten; biases, norms, CLS
     and positions have no reason to be small. 0.05 is DeiT's (Touvron et al. 2021); AdamW's second beta of
-    0.99 forgets old gradients within a hundred steps, as short trainings need. Neither was tuned. Raises
-    ValueError for "muon" where no weight is inside by its name.
+    0.99 forgets old gradients within a hundred steps, as short trainings need. Neither was tuned.
     """
     inside, matrices, others = {}, [], []  # inside: how many matrices a weight is -> such weights
     for name, p in model.named_parameters():
@@ -388,11 +387,8 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 def set_up(args: argparse.Namespace):
     """Choose device and precision where they are "auto", and write them into args; seed what draws initial
     weights -> the device, and a context in which matmuls run in that precision. SystemExit where the device
-    can't be used.
-
-    bfloat16 is 2 to 3 times faster on CPUs that compute in it, and up to 30 times slower on all others. On a
-    GPU it is not the arithmetic of so small a network that takes time, but the launching of kernels.
-    """
+    can't be used. bfloat16 is 2 to 3 times faster on CPUs that compute in it, up to 30 times slower on all
+    others; on a GPU not arithmetic takes the time of so small a network, but the launching of kernels."""
     if args.device == "auto":
         there = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if there else "cpu"
@@ -404,7 +400,7 @@ def set_up(args: argparse.Namespace):
     if PROCESSES > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.precision == "auto":
         cpuinfo = pathlib.Path("/proc/cpuinfo")  # Linux's
         flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
@@ -439,7 +435,7 @@ def evaluate(model: nn.Module, autocast, function, *inputs: Tensor) -> Tensor:
     """function(a batch of each input), where nothing is learned: inputs [n, ...] -> [n, ...], float32."""
     model.eval()
     found = []
-    for batch in zip(*(x.split(250) for x in inputs)):  # few fit a CPU's cache
+    for batch in zip(*(x.split(250) for x in inputs)):  # so few stay in a CPU's cache
         with autocast:
             found.append(function(*batch).float())
     return torch.cat(found)
@@ -488,8 +484,8 @@ def read_checkpoint(path: str | pathlib.Path) -> dict:
 
 
 def load_encoder(path: str | pathlib.Path, size: int | None = None) -> ViT:
-    """The encoder in a checkpoint of any stage (its weights are named encoder.* or video.encoder.*).
-    SystemExit where there is none, or not for images of `size` pixels (None: any will do)."""
+    """The encoder in a checkpoint of any stage. SystemExit where there is none, or not for images of `size`
+    pixels (None: any will do)."""
     state = read_checkpoint(path)
     if not state["config"]:
         sys.exit(f"{path} holds a model of another library, not an encoder of this project")
@@ -617,8 +613,7 @@ def row_path(args: argparse.Namespace, name: str, kind: str = "json") -> pathlib
 def record(args: argparse.Namespace, name: str, images: Tensor, labels: Tensor, **row) -> None:
     """Write a row of the table: `value` (a fraction) and what else it says, in a file of its own, so that
     stages may run side by side. images, labels: what it was measured on."""
-    gpu = args.device.startswith("cuda")
-    chip = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
+    chip = torch.cuda.get_device_name() if "cuda" in args.device else torch.backends.cpu.get_cpu_capability()
     row |= {key: vars(args)[key] for key in ("split", "seed", "limit", "precision")}
     row |= {"command": shlex.join(["python", *sys.argv]), "images": hash_of(images, labels)}
     row |= {"device": f"{args.device}, {chip}", "torch": torch.__version__, "code": hash_of_code()}
@@ -627,10 +622,10 @@ def record(args: argparse.Namespace, name: str, images: Tensor, labels: Tensor, 
     print(f"{name}: {row['value']:.4f}", flush=True)
 
 
-# ---------------------------------------------------------------- the command line
-
 # options that are numbers -> their least and largest value
-RANGES = {"seed": (0, 2**32 - 1), "lr": (1e-9, 1e3), "labels": (0, 1), "warmup": (0, 1), "smoothing": (0, 1)}
+RANGES = {"seed": (0, 2**32 - 1), "lr": (1e-9, 1e3), "temperature": (1e-3, 1e3)}
+RANGES |= dict.fromkeys("labels warmup smoothing".split(), (0, 1))
+RANGES |= dict.fromkeys("weight_decay frame_loss masked turned frozen".split(), (0, 10**9))
 RANGES |= dict.fromkeys("limit epochs batch dim patch frames clips blocks folds enlarge".split(), (1, 10**9))
 path = os.path.expanduser  # in --out=~/x the shell leaves the ~ as it is
 
@@ -641,9 +636,14 @@ def common_options() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--data", type=path, default="data", help='folder with CIFAR-10, or "synthetic" (default: data)')
     add("--out", type=path, default="runs/mine", help="folder for checkpoints and rows (default: runs/mine)")
-    add("--name", help="name of the checkpoint and of its row")
+    add("--name", help="name of the checkpoint and of its row, where a stage has one")
     splits, precisions = ["validation", "test"], ["auto", "float32", "bfloat16"]
-    add("--split", choices=splits, default="validation", help="for the final number; look at test once")
+    add(
+        "--split",
+        choices=splits,
+        default="validation",
+        help="what is measured; look at test once, at the end",
+    )
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     add("--limit", type=int, help="use only so many images of each split (default: all)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
@@ -675,7 +675,7 @@ def command(parser: argparse.ArgumentParser) -> None:
     for name, (low, high) in RANGES.items():
         value = vars(args).get(name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name} {value} is not between {low:g} and {high:g}")
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
     if hasattr(args, "usual_lr"):
         usual = vars(args).pop("usual_lr")
         args.lr = args.lr or usual[args.optimizer]
@@ -685,7 +685,7 @@ def command(parser: argparse.ArgumentParser) -> None:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was, after its last epoch", file=sys.stderr)
+        print("\nstopped; the same command (without --fresh) goes on after its last epoch", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         if "loading state_dict" in str(error):

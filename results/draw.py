@@ -1,6 +1,6 @@
 """Every picture, drawn from what the stages left in a run's folder (seconds, no training).
 
-    python results/draw.py --out runs/cifar10-laptop      # writes its figures/*.png and learning.gif
+    python results/draw.py --out runs/cifar10-laptop --split test    # its figures/*.png and learning.gif
 
 A picture is rows of cells (words, images, or a picture again), put side by side by `grid`. By hand with
 Pillow, since a plotting library would be one more to install.
@@ -170,7 +170,7 @@ def draw_patches(args: argparse.Namespace, names: list[str], state: dict):
     side = images.shape[-1] // patch
     size = 160 // side  # of a patch, in pixels of the picture
     rows = [["the image", "set A, patches by number", "what Model M sees", "what it paints", ""]]
-    for i in [(angle == k).nonzero()[0, 0] for k in range(4)]:  # one for each angle
+    for i in [(angle == k).nonzero()[0, 0] for k in angle.unique()]:  # one for each angle
         shown = [
             picture(pixels(x[i]), size * side) for x in (images, images, augmented, data.unpatchify(patches))
         ]
@@ -349,9 +349,10 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
     scenes = {}  # title -> checkpoint
     for name, what in FILM.items():
         last = state["epoch"] if (state := read(args, f"{name}.pt")) else 0
-        for k in range(1, last + 1, math.ceil(last / 8) or 1):
+        for k in sorted(range(last, 0, -math.ceil(last / 8) or -1)):
             path = pathlib.Path(args.out, name, f"epoch{k}.pt")
-            scenes |= {f"{what}, epoch {k} of {last}": path} if path.exists() else {}
+            if path.exists() and vit.read_checkpoint(path)["recipe"] == state["recipe"]:
+                scenes[f"{what}, epoch {k} of {last}"] = path
     (train, known), (images, truth) = (
         data.load(args.data, split, limit=min(args.limit or 5_000, 5_000))
         for split in ("train", "validation")
@@ -372,7 +373,8 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
     caption = f"""Validation images; below each the cosine of CLS with every patch (yellow: high) and the
     class of most of its 20 nearest neighbours among {len(train):,} training images (orange with an x: wrong).
     The curve: how often that is right for {len(images):,} images, scene by scene."""
-    labels_from, frames = sum("tuning" not in title for title in scenes) - 0.5, []
+    without, frames = sum("tuning" not in title for title in scenes), []
+    labels_from = without - 0.5 if without < len(scenes) else 0
     for f, title in enumerate(scenes):
         rows = [[], [], []]
         for i, image, cosine in zip(shown, pixels(images[shown]), maps[f]):
@@ -401,7 +403,8 @@ def main() -> None:
             caption = caption.replace("WHO", "BLIP" if who == "blip" else "a small captioner trained here")
             with vit.whole_file(out / "figures" / f"{name}.png") as file:
                 page(title, caption, body, footer).save(file, "PNG", optimize=True)
-        print(f"{name}: {'drawn' if drawn else 'nothing to draw, its stage has not run'}", flush=True)
+        nothing = "not drawn (its stage has not run on this split, or of too few epochs or images)"
+        print(f"{name}: {'drawn' if drawn else nothing}", flush=True)
     frames = draw_film(args, source.classes, footer)
     if frames:
         every = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))

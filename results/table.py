@@ -1,13 +1,13 @@
 """The table of one run, of several, and of README.md: one builder.
 
-    python results/table.py --out runs/cifar10-laptop    # writes its report.md, prints the table
-    python results/table.py --publish                    # results/report.md, README.md, from runs/cifar10-*
+    python results/table.py --out runs/cifar10-laptop --split test    # its report.md; prints the table
+    python results/table.py --publish                # results/report.md and README.md, from runs/cifar10-*
 
 Runs beside it that differ in nothing but the seed (OUT-seed1, OUT-seed2, ...) are counted in: mean ± standard
 deviation. report.template.md says in braces which number it wants, so that none is typed by hand:
 
     {laptop finetune}                     a row's value
-    {laptop m_probe training.angle}       another entry of the row
+    {laptop finetune training.train}      another entry of the row
     {laptop finetune - finetune_scratch}  how much higher one row is than another, in points, seed by seed
     {report finetune}                     the coursework report's number
     {table}  {commands}                   every row; what was typed for the first run
@@ -65,6 +65,7 @@ split. Tiny captions are not BLIP's, which the report used: a small captioner of
 them, trained here on the training labels; they hold no knowledge from outside. At best: a logistic regression
 of the image-only model's logits and the class that the caption names, fitted on validation images."""
 
+CONTROLS = ["pixels_probe", "finetune_scratch", "video_1", "fusion_tiny_image_only", "fusion_tiny"]
 Rows = dict[str, dict]  # a run's rows, by name
 
 
@@ -106,7 +107,7 @@ def in_words(name: str, values: list[float], sign: str = "") -> str:
 
 
 def number(runs: list[Rows], name: str, path: str = "value") -> str:
-    """A row's entry at a path like "training.angle", over the seeds."""
+    """A row's entry at a path like "training.train", over the seeds."""
     found = [rows[name] for rows in runs if name in rows]
     for step in path.split("."):
         found = [x[int(step)] if isinstance(x, list) else x[step] for x in found]
@@ -125,7 +126,7 @@ def table(profiles: dict[str, list[Rows]]) -> list[list[str]]:
     lines = [
         ["row", "report", *sum([[name, "above control"] for name in profiles], []), "what it is", "control"]
     ]
-    there = [name for runs in profiles.values() for name in runs[0]]
+    there = list(dict.fromkeys(name for runs in profiles.values() for name in runs[0]))
     for name in [*(name for name in TABLE if name in there), *(name for name in there if name not in TABLE)]:
         words, control = TABLE.get(name, ("", ""))
         line = [name, in_words(name, [REPORTED[name]] if name in REPORTED else [])]
@@ -165,7 +166,9 @@ def report(out: pathlib.Path, split: str) -> None:
     """Write out/report.md, and print its table."""
     runs = runs_of(out, split)
     if not runs[0]:
-        sys.exit(f"{out} has no rows of the {split} split yet; `bash run_all.sh` runs what writes them")
+        sys.exit(
+            f"{out} has no rows of the {split} split yet; a stage writes them (--split test or validation)"
+        )
     lines = table({"ours": runs})
     parts = [f"# Results of {out.name}", about(runs), markdown(lines), NOTES, commands(out)]
     parts += [f"![{path.stem}](figures/{path.name})" for path in sorted((out / "figures").glob("*.*"))]
@@ -200,11 +203,7 @@ def publish(root: pathlib.Path) -> None:
     profiles = {name: runs_of(out) for name, out in folders.items()}
     page = filled((root / "results/report.template.md").read_text(), profiles)
     # README.md shows the rows that the report has, and the controls of these
-    shown = [
-        line
-        for line in table(profiles)
-        if line[1] or line[0] in ("pixels_probe", "finetune_scratch", "video_1")
-    ]
+    shown = [line for line in table(profiles) if line[1] or line[0] in CONTROLS]
     readme, block = (root / "README.md").read_text(), markdown(shown)
     readme = re.sub(r"(?s)(<!-- results -->\n).*(\n<!-- end -->)", lambda m: m[1] + block + m[2], readme)
     pages = {"results/report.md": page.replace("{commands}", commands(next(iter(folders.values()))))}

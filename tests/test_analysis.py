@@ -131,7 +131,7 @@ def test_colour_map_ends_are_viridis():
 
 def test_a_picture_says_that_its_stage_has_not_run_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
     few = "--data synthetic --limit 30 --out".split() + [tmp_path]
-    assert call("results/draw.py", *few).count("nothing to draw, its stage has not run") == len(draw.PICTURES)
+    assert call("results/draw.py", *few).count(": not drawn (its stage has not run") == len(draw.PICTURES)
 
     def broken(*_):
         raise KeyError("a bug")
@@ -197,10 +197,10 @@ def test_a_mixture_and_few_images_are_said_by_the_rows(tmp_path):
 def published(tmp_path):
     """A project with two seeds of laptop, one of full, and pages to be filled in."""
     laptop, second, full = (tmp_path / f"runs/cifar10-{name}" for name in ("laptop", "laptop-seed1", "full"))
-    write_row(laptop, "m_probe", 0.5, training={"angle": 0.25})
+    write_row(laptop, "m_probe", 0.5, training={"train": 0.25})
     write_row(laptop, "pixels_probe", 0.4)
     write_row(laptop, "cka_after", 0.5, blocks=[0.1, 0.2])
-    write_row(second, "m_probe", 0.6, seed=1, training={"angle": 0.35}, seconds=30)
+    write_row(second, "m_probe", 0.6, seed=1, training={"train": 0.35}, seconds=30)
     write_row(second, "pixels_probe", 0.4, seed=1)
     write_row(full, "m_probe", 0.8)
     (laptop / "commands.txt").write_text("# commit abc\npython ssl.py probe --device cuda --out x\n")
@@ -219,7 +219,7 @@ def published(tmp_path):
         ("{report m_probe}", "38.51 %"),
         ("{full finetune}", "not measured"),
         ("{laptop m_probe seconds}", "1.0 min"),
-        ("{laptop m_probe training.angle}", "30.00 ± 7.07 %"),
+        ("{laptop m_probe training.train}", "30.00 ± 7.07 %"),
         ("{laptop cka_after}", "0.5000"),
         ("{laptop cka_after blocks.1}", "0.2000"),
         ("{laptop m_probe - pixels_probe}", "+15.00 ± 7.07"),

@@ -42,6 +42,12 @@ def test_help_and_mistakes(tmp_path):
     assert "needs a number" in bash("quick", "--seed", "one", code=2)
 
 
+def test_processes_that_can_not_share_a_step_are_refused_at_once(bare):
+    folder, env = bare
+    fake(folder / "bin/python", "exit 0")
+    assert "NPROC must be 1 or 2" in bash("quick", code=2, folder=folder, env=env | {"NPROC": "4"})
+
+
 LACKS = 'case "$*" in *importlib.metadata*) exit 1 ;; *version_info*) exit %d ;; '
 LACKS += '"-m venv .venv") echo made; exit 1 ;; esac'
 

@@ -244,6 +244,9 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
         ("ssl.py pretrain --task m --data synthetic --limit 10 --patch 5", 1, "5-pixel patches"),
         ("ssl.py pretrain --task m --masked 17 --data synthetic --limit 10", 1, "must be 1 to 16 patches"),
         ("ssl.py pretrain --task m --masked 0 --turned 0 --data synthetic --limit 10", 1, "must be 1 to 16"),
+        ("ssl.py pretrain --task m --masked -1 --turned 4", 2, "--masked -1 is not between 0 and"),
+        ("ssl.py finetune --weight-decay -1", 2, "--weight-decay -1.0 is not between 0 and"),
+        ("ssl.py finetune --dim 130 --data synthetic --limit 100", 1, "choose another --patch or --dim"),
         ("ssl.py finetune --labels 0.01 --data synthetic --limit 100", 1, "leaves 1; at least 10"),
         ("ssl.py finetune --device xpu:9 --data synthetic --limit 100", 1, "'xpu:9' can't be used"),
     ],
@@ -282,6 +285,8 @@ def test_interrupting_says_how_to_go_on_and_too_little_memory_what_to_do(tmp_pat
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
     monkeypatch.setattr(data, "load", stop)
-    assert "same command goes on" in call("ssl.py", "finetune", "--out", tmp_path, code=130)
+    assert "the same command (without --fresh) goes on" in call(
+        "ssl.py", "finetune", "--out", tmp_path, code=130
+    )
     monkeypatch.setattr(data, "load", exhausted)
     assert "choose a smaller --batch" in call("ssl.py", "finetune", "--out", tmp_path, code=1)

@@ -18,6 +18,8 @@ STAGE = (
 def program(out: str) -> None:
     """Write each loss's gradients, as this process has them, into OUT; then train a stage."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import argparse
+
     import torch
     from conftest import load
 
@@ -26,8 +28,7 @@ def program(out: str) -> None:
 
     stage1 = load("ssl.py")
     sys.argv = [*STAGE.split(), "2", "--precision", "float32", "--out", out]
-    if vit.PROCESSES > 1:
-        torch.distributed.init_process_group("gloo")
+    vit.set_up(argparse.Namespace(device="cpu", precision="float32", seed=0))  # joins the other process
 
     generator = torch.Generator().manual_seed(0)
     images, labels = data.synthetic(16)
@@ -114,7 +115,7 @@ def test_what_can_not_be_shared_out_gets_one_sentence(monkeypatch):
     monkeypatch.setattr(data.dist, "get_rank", lambda: 1)
     assert data.own_part(torch.arange(9)).tolist() == [3, 4, 5]
     with pytest.raises(
-        SystemExit, match="8 can't be shared out evenly among 3 processes; choose another batch"
+        SystemExit, match="8 can't be shared out among 3 processes; choose another --batch or --clips"
     ):
         data.own_part(torch.zeros(8))
 

@@ -95,7 +95,9 @@ def test_greyscale_images_need_one_word():
     assert vit.ModelM(model.encoder).reconstruction_head.out_features == 49
 
 
-def test_an_image_that_is_no_whole_number_of_patches_is_refused():
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="heads"):
+        vit.Attention(10, 3)
     with pytest.raises(ValueError, match="patches"):
         vit.ViT(image_size=30)
 
@@ -191,6 +193,17 @@ def test_muon_gets_the_matrices_inside_and_adamw_the_rest_of_which_only_matrices
     assert muon["decayed"] == set(heads) and muon["left"] == adamw["left"]
     assert adamw["decayed"] == muon["by_muon"] | muon["decayed"]
     assert {"encoder.cls", "encoder.positions", "encoder.norm.weight"} <= muon["left"]
+
+
+def test_muon_gets_the_matrices_of_temporal_and_cross_attention():
+    import multimodal
+    import video
+
+    divided = groups(video.FactorisedAttention(vit.ViT(dim=16, depth=2), 1, 4), "muon")["by_muon"]
+    assert {"temporals.0.attn.qkv.weight", "temporals.0.attn.proj.weight"} <= divided
+    fusion = multimodal.Fusion(video.FactorisedEncoder(vit.ViT(dim=16, depth=2), 1, 4), 8)
+    names = ("block.attn.q", "block.attn.kv", "block.attn.proj", "block.mlp.0", "video.blocks.0.attn.qkv")
+    assert {f"{name}.weight" for name in names} <= groups(fusion, "muon")["by_muon"]
 
 
 def test_what_muon_leaves_is_stepped_as_by_adamw_itself():
