@@ -108,7 +108,7 @@ echo "# commit $(git describe --always --dirty 2>/dev/null || echo unknown)" > $
 
 stage() {  # stage "heading" command: prints both, runs the command with the options common to all
   printf '\n== %s\n' "$1"; shift
-  local typed; typed=$(printf '%q ' "$@" "${common[@]}")
+  local typed; typed=$(printf ' %q' "$@" "${common[@]}"); typed=${typed# }
   echo "$ $typed"
   echo "$typed" >> $out/commands.txt
   "$@" "${common[@]}"

@@ -354,7 +354,7 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
             if path.exists() and vit.read_checkpoint(path)["recipe"] == state["recipe"]:
                 scenes[f"{what}, epoch {k} of {last}"] = path
     (train, known), (images, truth) = (
-        data.load(args.data, split, limit=min(args.limit or 5_000, 5_000))
+        data.load(args.data, split, limit=min(args.limit or 2_000, 2_000))
         for split in ("train", "validation")
     )
     shown = torch.stack([(truth == k).nonzero()[0, 0] for k in truth.unique()])  # [K]
