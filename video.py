@@ -160,9 +160,9 @@ def static(model: nn.Module, images: Tensor) -> Tensor:
 # rows clips_1 and clips_2, without it: --frame-loss 0).
 
 
-def clip_batches(sampler: data.SameClassBatchSampler, clips: int):
+def clip_batches(sampler: data.SameClassBatchSampler, clips: int, device: torch.device | str = "cpu"):
     """Yield one epoch of the sampler's clips, `clips` a step: indices [C, F]; a smaller rest is dropped."""
-    epoch = torch.tensor(list(sampler))  # [all, F]
+    epoch = torch.tensor(list(sampler), device=device)  # [all, F], all at once: a copy makes a GPU wait
     yield from map(data.own_part, epoch[: len(epoch) - len(epoch) % clips].split(clips))
 
 
@@ -190,8 +190,7 @@ def train(args: argparse.Namespace) -> None:
     for epoch in range(run.epoch, args.epochs):
         model.train()
         sampler.set_epoch(epoch)
-        for index in clip_batches(sampler, args.clips):  # [C, F]
-            index = index.to(device)
+        for index in clip_batches(sampler, args.clips, device):  # [C, F]
             x = data.crop_flip(images[index.flatten()], run.generator)  # [C*F, 3, S, S]
             y = labels[index[:, 0]]  # [C]
             with autocast:
