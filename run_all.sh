@@ -5,7 +5,7 @@
 #   bash run_all.sh [quick|laptop|full] [--data DIR] [--seed N] [--fresh]
 #   bash run_all.sh test
 #
-# quick    every stage on 1,000 images, one epoch each, to see that it works; its numbers mean nothing
+# quick    every stage on 500 images, one epoch each, to see that it works; its numbers mean nothing
 # laptop   all images, few epochs (the default without a CUDA GPU)
 # full     the report's number of epochs (the default with a CUDA GPU)
 # test     the tests
@@ -103,7 +103,7 @@ mkdir -p $out
 common=(--out $out --split test --seed $seed)
 [ -z "$gpu" ] || common+=(--device cuda)  # by name: a GPU that is full for a moment must not mean hours on the CPU
 [ "$data" = data ] || common+=(--data "$data")
-[ $profile != quick ] || common+=(--limit 1000)
+[ $profile != quick ] || common+=(--limit 500)
 echo "# commit $(git describe --always --dirty 2>/dev/null || echo unknown)" > $out/commands.txt
 
 stage() {  # stage "heading" command: prints both, runs the command with the options common to all
