@@ -626,8 +626,8 @@ def fuse(args: argparse.Namespace) -> None:
 
 def bound(logits: Tensor, named: Tensor, labels: Tensor, logits2: Tensor, named2: Tensor, labels2: Tensor):
     """What the class word of captions could bring: accuracy of a logistic regression on the image-only
-    model's logits [n, K] and the class that the caption names [n] (-1: none); then of one on the logits alone.
-    Fitted on the first images, validation's, which no model was trained on, and judged on the second."""
+    model's logits [n, K] and the class that the caption names [n] (-1: none); then of one on the logits
+    alone. Fitted on the first images (validation's, which no model was trained on), judged on the second."""
     classes, found = logits.shape[1], []
     for weight in (1, 0):  # of the caption
         fitted, judged = (
