@@ -31,7 +31,7 @@ Cell = Image.Image
 INK, GREY, LIGHT, PAPER = (30, 30, 36), (110, 110, 118), (226, 226, 230), (255, 255, 255)
 # colours that colour-blind readers can tell apart (Okabe and Ito 2008)
 BLUE, ORANGE, GREEN, PINK = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167)
-COLOURS = [BLUE, ORANGE, GREEN, PINK, (230, 159, 0), (86, 180, 233), (90, 90, 90), (140, 86, 75)]
+COLOURS = [BLUE, ORANGE, GREEN, PINK, (230, 159, 0), (86, 180, 233), INK, (170, 110, 90)]
 VIRIDIS = "440154 472c7a 3b518b 2c718e 21908d 27ad81 5cc863 aadc32 fde725"
 
 
