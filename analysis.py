@@ -61,13 +61,8 @@ def focus(cosines: Tensor) -> dict[str, float]:
     inner[1:-1, 1:-1] = True
     inner = inner.flatten()  # [N]
     centre = cosines[:, inner].mean(dim=1) - cosines[:, ~inner].mean(dim=1)  # [n]
-    found = {
-        "entropy": entropy,
-        "best_quarter": best_quarter,
-        "peak": peak,
-        "spread": spread,
-        "centre": centre,
-    }
+    found = {"entropy": entropy, "best_quarter": best_quarter, "peak": peak}
+    found |= {"spread": spread, "centre": centre}
     return {name: values.mean().item() for name, values in found.items()}
 
 
@@ -75,9 +70,7 @@ def maps(args: argparse.Namespace) -> None:
     """Measure CLS-patch similarity before and after fine-tuning; keep a map of each class for the picture."""
     device, autocast = vit.set_up(args)
     images, labels = data.load(args.data, args.split, device, args.limit)
-    shown = torch.stack(
-        [(labels == k).nonzero()[0, 0] for k in labels.unique()]
-    )  # the first of each class, [K]
+    shown = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])  # first of each class, [K]
     arrays, rows = {"images": images[shown].cpu(), "labels": labels[shown].cpu()}, {}
     for when, path in two_encoders(args).items():
         encoder = vit.load_encoder(path, images.shape[-1]).to(device)
@@ -133,12 +126,19 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> Tensor:
     (200 images, 128 dimensions: more than a third); the debiased one about 0 (it can fall below). Take the
     debiased one unless n is many times D, where the two agree; papers, and the report, quote the plain one.
     """
-    if len(x) < 4:
-        raise ValueError(f"CKA needs at least 4 images, not {len(x)}")
+    return cka_table([x, y], debiased)[0, 1]
+
+
+def cka_table(places: list[Tensor], debiased: bool = False) -> Tensor:
+    """linear_cka between all pairs of R representations [n, D_r] of the same images: [R, R]."""
+    if len(places[0]) < 4:
+        raise ValueError(f"CKA needs at least 4 images, not {len(places[0])}")
     # float64, as squares of squares are summed; seen from the first image, what is the same for all is 0
-    x, y = x.double() - x[0].double(), y.double() - y[0].double()
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
-    return hsic(x, y, debiased) / (hsic(x, x, debiased).sqrt() * hsic(y, y, debiased).sqrt())
+    x = [place.double() - place[0].double() for place in places]
+    x = [place - place.mean(dim=0) for place in x]
+    found = torch.stack([hsic(a, b, debiased) for a in x for b in x]).view(len(x), len(x))  # [R, R]
+    scale = found.diagonal().sqrt()  # [R]
+    return found / torch.outer(scale, scale)
 
 
 def cls_along(encoder: vit.ViT, images: Tensor, autocast=contextlib.nullcontext()) -> Tensor:
@@ -169,10 +169,7 @@ def cka(args: argparse.Namespace) -> None:
     for when, path in two_encoders(args).items():
         encoder = vit.load_encoder(path, images.shape[-1]).to(device)
         places = cls_along(encoder, images, autocast).cpu().unbind(dim=1)  # R times [n, D]
-        plain, debiased = (
-            np.array([[linear_cka(x, y, kind).item() for y in places] for x in places])
-            for kind in (False, True)
-        )
+        plain, debiased = (cka_table(places, kind).numpy() for kind in (False, True))  # [R, R] each
         # of the places -3 is before the last block, -2 after its attention, -1 after its MLP
         row = {"value": plain[-3, -2], "debiased": debiased[-3, -2]}
         row |= {"whole_block": plain[-3, -1], "whole_block_debiased": debiased[-3, -1]}

@@ -249,6 +249,7 @@ def caption(args: argparse.Namespace) -> None:
     found["captions"] = captions
     if not models and any(len(captions[split]) < len(images[split]) for split in SPLITS):
         models = [load_blip(args.blip)]
+    models = [(model.to(device).eval(), processor) for model, processor in models]
 
     for split in SPLITS:
         done, n = captions[split], len(images[split])
@@ -257,9 +258,7 @@ def caption(args: argparse.Namespace) -> None:
             for fold, (model, processor) in enumerate(models):
                 # a small BLIP captions only the images of its own fold, which it has not been trained on
                 own = [i for i in range(start, len(done)) if i % len(models) == fold]
-                words = (
-                    describe(model.to(device).eval(), processor, images[split][own], autocast) if own else []
-                )
+                words = describe(model, processor, images[split][own], autocast) if own else []
                 for i, sentence in zip(own, words):
                     done[i] = sentence
             if start // 1000 != len(done) // 1000 or len(done) == n:  # an accident costs a thousand at most
@@ -556,14 +555,13 @@ def fuse(args: argparse.Namespace) -> None:
     number = {caption: i for i, caption in enumerate(table["captions"])}
     start = args.checkpoint or f"{args.out}/video_2.pt"
     device, autocast = vit.set_up(args)
-    source, images, labels, which, named = data.source(args.data), {}, {}, {}, {}  # of each split
+    source, images, labels, which = data.source(args.data), {}, {}, {}  # of each split
     for split in dict.fromkeys(("train", "validation", args.split)):
         images[split], labels[split] = data.load(args.data, split, device, args.limit)
         captions = captions_of(found, split, images[split], args.captions)
         if not number.keys() >= set(captions):
             sys.exit(f"{args.captions} has changed since `multimodal.py embed`; type that command again")
         which[split] = torch.tensor([number[c] for c in captions], device=device)  # its caption's number, [n]
-        named[split] = torch.tensor([named_class(c, source.classes) for c in captions], device=device)  # [n]
     base = video.load_video(start, images["train"].shape[-1])
     # pooled: the end-of-text token's alone, CLIP's vector for a whole caption: L = 1
     states = [s if args.text == "tokens" else s[-1:] for s in table["states"]]
@@ -618,8 +616,9 @@ def fuse(args: argparse.Namespace) -> None:
         vit.record(args, name, x, y, value=vit.accuracy(logits, y), **run.row(), **about)
         if control == "image_only" and args.split == "test":  # else fitted and judged on the same images
             held_out = vit.evaluate(model, autocast, answer, images["validation"], own["validation"])
-            fitted = (held_out, named["validation"], labels["validation"])
-            value, without = bound(*fitted, logits, named["test"], y)
+            words = [found["captions"][split] for split in ("validation", "test")]
+            named = [torch.tensor([named_class(c, source.classes) for c in w], device=device) for w in words]
+            value, without = bound(held_out, named[0], labels["validation"], logits, named[1], y)
             name = name.removesuffix("_image_only") + "_bound"
             vit.record(args, name, x, y, value=value, without=without, **about)
 

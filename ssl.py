@@ -293,7 +293,8 @@ def probe(args: argparse.Namespace) -> None:
             x = {split: (found[feature] - mean) / spread for split, found in read.items()}  # [n, D] each
             for decay in DECAYS:
                 layer = vit.fit_linear(x["train"], labels["train"], decay, len(source.classes))
-                right = {split: vit.accuracy(layer(x[split]), labels[split]) for split in x}
+                judged = ("validation", args.split)
+                right = {split: vit.accuracy(layer(x[split]), labels[split]) for split in judged}
                 print(f"{feature}, decay {decay:g}: validation {right['validation']:.4f}", flush=True)
                 if right["validation"] > row["validation"]:
                     row |= {"feature": feature, "decay": decay, "validation": right["validation"]}

@@ -353,6 +353,8 @@ def draw_film(args: argparse.Namespace, names: list[str], footer: str) -> list[C
             path = pathlib.Path(args.out, name, f"epoch{k}.pt")
             if path.exists() and vit.read_checkpoint(path)["recipe"] == state["recipe"]:
                 scenes[f"{what}, epoch {k} of {last}"] = path
+    if not scenes:
+        return []
     (train, known), (images, truth) = (
         data.load(args.data, split, limit=min(args.limit or 2_000, 2_000))
         for split in ("train", "validation")
