@@ -80,8 +80,8 @@ def test_crop_flip_is_reflection_padding_then_a_crop_then_a_mirror(batch):
     for seed in range(5):
         out = data.crop_flip(batch, torch.Generator().manual_seed(seed))
         for i in range(8):
-            padded = np.pad(batch[i].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect") / np.float32(255)
-            crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+            padded = np.pad(batch[i].numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect") / np.float32(255)
+            crops = [padded[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
             assert any(np.array_equal(out[i], c) or np.array_equal(out[i], c[:, :, ::-1]) for c in crops)
 
 
