@@ -7,8 +7,9 @@ Runs beside it that differ in nothing but the seed (OUT-seed1, OUT-seed2, ...) a
 deviation. report.template.md says in braces which number it wants, so that none is typed by hand:
 
     {laptop finetune}                     a row's value
-    {laptop finetune training.train}      another entry of the row
-    {laptop finetune - finetune_scratch}  how much higher one row is than another, in points, seed by seed
+    {laptop finetune:training.train}      another entry of the row
+    {laptop finetune - finetune_scratch}  how much higher one is than another, in points, seed by seed; with a
+                                          star if that is more than the seeds' luck explains
     {report finetune}                     the coursework report's number
     {table}  {commands}                   every row; what was typed for the first run
 """
@@ -26,7 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import vit  # noqa: E402
 
-# row, what it is, its control: the row that it is compared with
+# row, what it is, its control: the row that it is compared with, trained for as many epochs, unless that is
+# what is compared
 LINES = """
 pixels_probe | linear probe of raw pixels |
 untrained_probe | linear probe of an untrained encoder | pixels_probe
@@ -36,18 +38,18 @@ m_alone_probe | linear probe after Model M without InfoNCE | pixels_probe
 finetune_scratch | trained on labels from scratch |
 finetune_infonce | fine-tuned from InfoNCE, without Model M | finetune_scratch
 finetune | fine-tuned from Model M | finetune_infonce
-clips_1 | clips alone, one temporal block | finetune
+clips_1 | clips alone, one temporal block |
 clips_2 | clips alone, two temporal blocks | clips_1
-video_1 | clips and each of their images by itself, one temporal block | finetune
+video_1 | clips and each of their images by itself, one temporal block | clips_1
 video_2 | the same, two temporal blocks | video_1
 video_divided | the same, factorised self-attention in two blocks | video_2
 captions_WHO | WHO captions: the class that they name, no training |
 fusion_WHO_text_only | WHO captions: text only | captions_WHO
-fusion_WHO_image_only | WHO captions: image only, trained for as long | video_2
+fusion_WHO_image_only | WHO captions: image only, trained for as long |
 fusion_WHO | WHO captions: fusion | fusion_WHO_image_only
 fusion_WHO_tokens | WHO captions: fusion, attention over words | fusion_WHO_image_only
 fusion_WHO_shuffled | WHO captions: fusion, another image's caption | fusion_WHO_image_only
-fusion_WHO_bound | WHO captions: a regression on the image-only logits and the class that they name |
+fusion_WHO_bound | WHO captions: a regression on image-only logits and class named | fusion_WHO_bound:without
 cka_before | CKA of CLS across the last attention, before fine-tuning |
 cka_after | the same, after fine-tuning | cka_before
 maps_before | entropy of the CLS-patch maps, before fine-tuning |
@@ -60,13 +62,15 @@ for line in LINES.strip().split("\n"):
         TABLE[row] = (words, control)
 REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029, "clips_1": 0.4404}
 REPORTED |= {"clips_2": 0.4244, "fusion_blip": 0.7013, "cka_before": 0.8698, "cka_after": 0.7353}
-NOTES = """A probe reads cls or the mean of the patch tokens, in brackets, as is better on the validation
-split. Tiny captions are not BLIP's, which the report used: a small captioner of the same library class wrote
-them, trained here on the training labels; they hold no knowledge from outside. The regression is logistic and
-fitted on validation images; its control, of the logits alone, is in its row ("without")."""
+NOTES = """Epochs: of the last training. A probe reads cls or the mean of the patch tokens, in brackets, as is
+better on the validation split. Tiny captions are not BLIP's, which the report used: a small captioner of the
+same library class wrote them, trained here on the training labels; they hold no knowledge from outside. The
+regression is logistic and fitted on validation images; its control is that of the logits alone. A star: the
+mean of the differences is further from zero than the seeds' luck takes it in 19 of 20 cases (Student's t)."""
 
 CONTROLS = ["pixels_probe", "finetune_scratch", "finetune_infonce", "video_1", "video_2"]
 CONTROLS += ["fusion_tiny_image_only", "fusion_tiny"]
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds -> t's 97.5 % quantile, in standard errors of a mean
 Rows = dict[str, dict]  # a run's rows, by name
 
 
@@ -107,34 +111,49 @@ def in_words(name: str, values: list[float], sign: str = "") -> str:
     return f"{scale * statistics.mean(values):{sign}.{digits}f}{spread}{'' if scale == 1 or sign else ' %'}"
 
 
-def number(runs: list[Rows], name: str, path: str = "value") -> str:
-    """A row's entry at a path like "training.train", over the seeds."""
-    found = [rows[name] for rows in runs if name in rows]
-    for step in path.split("."):
-        found = [x[int(step)] if isinstance(x, list) else x[step] for x in found]
-    return f"{statistics.mean(found) / 60:.1f} min" if found and path == "seconds" else in_words(name, found)
+def entry(rows: Rows, name: str):
+    """A row's value, or "finetune:training.train", another of its entries; None if there is no such row."""
+    name, _, path = name.partition(":")
+    found = rows.get(name)
+    for step in (path or "value").split("."):
+        found = found[int(step)] if isinstance(found, list) else found and found.get(step)
+    return found
+
+
+def number(runs: list[Rows], name: str) -> str:
+    """An entry over the seeds."""
+    found = [x for rows in runs if (x := entry(rows, name)) is not None]
+    if name.endswith((":images", ":epochs")):
+        return ", ".join(str(x) for x in dict.fromkeys(found))
+    if found and name.endswith(":seconds"):
+        return f"{statistics.mean(found) / 60:.1f} min"
+    return in_words(name, found)
 
 
 def difference(runs: list[Rows], name: str, control: str) -> str:
-    """How much higher a row is than its control. Each seed's two rows are compared with each other: what the
-    seed does to both falls out."""
-    pairs = [(rows[name], rows[control]) for rows in runs if name in rows and control in rows]
-    return in_words(name, [row["value"] - other["value"] for row, other in pairs], "+")
+    """How much higher an entry is than another. Each seed's two are compared with each other: what the seed
+    does to both falls out. A star: the seeds' luck does not explain it (Student's t, 95 %)."""
+    pairs = [(entry(rows, name), entry(rows, control)) for rows in runs]
+    found = [x - y for x, y in pairs if None not in (x, y)]
+    star = ""
+    if len(found) in STUDENT:
+        error = statistics.stdev(found) / len(found) ** 0.5
+        star = " *" if abs(statistics.mean(found)) > STUDENT[len(found)] * error else ""
+    return in_words(name, found, "+") + star
 
 
 def table(profiles: dict[str, list[Rows]]) -> list[list[str]]:
     """All rows of some runs, by the runs' names: lines of cells."""
-    lines = [
-        ["row", "report", *sum([[name, "above control"] for name in profiles], []), "what it is", "control"]
-    ]
+    heads = sum([[name, "epochs", "minus control"] for name in profiles], [])
+    lines = [["row", "report", *heads, "what it is", "control"]]
     there = list(dict.fromkeys(name for runs in profiles.values() for name in runs[0]))
     for name in [*(name for name in TABLE if name in there), *(name for name in there if name not in TABLE)]:
         words, control = TABLE.get(name, ("", ""))
         line = [name, in_words(name, [REPORTED[name]] if name in REPORTED else [])]
         for runs in profiles.values():
-            line += [number(runs, name), difference(runs, name, control)]
+            line += [number(runs, name), number(runs, f"{name}:epochs"), difference(runs, name, control)]
             words += f" ({runs[0][name]['feature']})" if "feature" in runs[0].get(name, {}) else ""
-        lines.append([*line, words, control if control in there else ""])
+        lines.append([*line, words, control if control.partition(":")[0] in there else ""])
     return lines
 
 
@@ -175,8 +194,8 @@ def report(out: pathlib.Path, split: str) -> None:
     parts += [f"![{path.stem}](figures/{path.name})" for path in sorted((out / "figures").glob("*.*"))]
     with vit.whole_file(out / "report.md") as file:
         file.write(("\n\n".join(parts) + "\n").encode())
-    for row, reported, ours, above, *_ in lines:
-        print(f"{row:<24}{reported:>9}{ours:>17}{above:>16}")
+    for row, reported, ours, epochs, above, *_ in lines:
+        print(f"{row:<24}{reported:>8}{ours:>17}{epochs:>7}{above:>18}")
     print(f"\n{about(runs)}\n\nwith its commands: {out / 'report.md'}; pictures: {out / 'figures'}")
 
 
@@ -189,9 +208,7 @@ def filled(page: str, profiles: dict[str, list[Rows]]) -> str:
         if profile == "report":
             return in_words(name, [REPORTED[name]])
         runs = profiles.get(profile, [{}])
-        return (
-            difference(runs, name, more[1]) if "-" in more else number(runs, name, *more)
-        ) or "not measured"
+        return (difference(runs, name, more[1]) if more else number(runs, name)) or "not measured"
 
     page = page.replace("{table}", markdown(table(profiles)))
     return re.sub(r"\{((?:report|laptop|full) [^{}]+)\}", fill, page)

@@ -218,10 +218,10 @@ def published(tmp_path):
         ("{full m_probe}", "80.00 %"),
         ("{report m_probe}", "38.51 %"),
         ("{full finetune}", "not measured"),
-        ("{laptop m_probe seconds}", "1.0 min"),
-        ("{laptop m_probe training.train}", "30.00 ± 7.07 %"),
+        ("{laptop m_probe:seconds}", "1.0 min"),
+        ("{laptop m_probe:training.train}", "30.00 ± 7.07 %"),
         ("{laptop cka_after}", "0.5000"),
-        ("{laptop cka_after blocks.1}", "0.2000"),
+        ("{laptop cka_after:blocks.1}", "0.2000"),
         ("{laptop m_probe - pixels_probe}", "+15.00 ± 7.07"),
         ("{full m_probe - pixels_probe}", "not measured"),
     ],
@@ -229,6 +229,15 @@ def published(tmp_path):
 def test_a_placeholder_gets_the_number_it_asks_for(published, placeholder, text):
     profiles = {name: table.runs_of(published / f"runs/cifar10-{name}") for name in ("laptop", "full")}
     assert table.filled(f"a {placeholder} b", profiles) == f"a {text} b"
+
+
+def test_a_star_marks_what_the_seeds_luck_does_not_explain():
+    """Three differences of standard deviation 1: Student's t wants 4.30 / sqrt(3) = 2.48 of their mean."""
+    for mean, text in ((2.4, "+240.00 ± 100.00"), (2.6, "+260.00 ± 100.00 *"), (-2.6, "-260.00 ± 100.00 *")):
+        runs = [{"a": {"value": mean + x}, "b": {"value": 0.0, "other": {"x": mean + x}}} for x in (-1, 0, 1)]
+        assert table.difference(runs, "a", "b") == text
+        assert table.difference(runs, "b:other.x", "b") == text
+    assert table.difference(runs[:1], "a", "b") == "-360.00"  # of one seed nothing can be said
 
 
 def test_publishing_brings_results_pictures_and_pages_up_to_date(published):
