@@ -46,7 +46,7 @@ def focus(cosines: Tensor) -> dict[str, float]:
 
     entropy: of that distribution, as a share of its maximum log N (1: spread evenly, 0: all on one patch)
     best_quarter: mass on the N/4 strongest patches (0.25: spread evenly)
-    peak: the largest cosine itself; spread: the cosines' standard deviation within an image
+    spread: the cosines' standard deviation within an image
     centre: the mean cosine of the inner patches above that of the outermost ones. Most of CIFAR-10's objects
     are in the middle, so this asks, without masks of objects, whether object or background is lit.
     """
@@ -55,14 +55,13 @@ def focus(cosines: Tensor) -> dict[str, float]:
     mass = mass / mass.sum(dim=1, keepdim=True).clamp_min(1e-12)
     entropy = torch.special.entr(mass).sum(dim=1) / math.log(N)  # [n]
     best_quarter = mass.topk(N // 4, dim=1).values.sum(dim=1)  # [n]
-    peak, spread = cosines.max(dim=1).values, cosines.std(dim=1)  # [n] each
+    spread = cosines.std(dim=1)  # [n]
     side = math.isqrt(N)
     inner = torch.zeros(side, side, dtype=torch.bool)
     inner[1:-1, 1:-1] = True
     inner = inner.flatten()  # [N]
     centre = cosines[:, inner].mean(dim=1) - cosines[:, ~inner].mean(dim=1)  # [n]
-    found = {"entropy": entropy, "best_quarter": best_quarter, "peak": peak}
-    found |= {"spread": spread, "centre": centre}
+    found = {"entropy": entropy, "best_quarter": best_quarter, "spread": spread, "centre": centre}
     return {name: values.mean().item() for name, values in found.items()}
 
 
@@ -124,7 +123,7 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> Tensor:
 
     Which estimate? The plain one gives even unrelated features about D / (n + D), if no direction stands out
     (200 images, 128 dimensions: more than a third); the debiased one about 0 (it can fall below). Take the
-    debiased one unless n is many times D, where the two agree; papers, and the report, quote the plain one.
+    debiased one unless n is many times D, where the two agree; papers mostly quote the plain one.
     """
     return cka_table([x, y], debiased)[0, 1]
 
@@ -133,7 +132,7 @@ def cka_table(places: list[Tensor], debiased: bool = False) -> Tensor:
     """linear_cka between all pairs of R representations [n, D_r] of the same images: [R, R]."""
     if len(places[0]) < 4:
         raise ValueError(f"CKA needs at least 4 images, not {len(places[0])}")
-    # float64, as squares of squares are summed; seen from the first image, what is the same for all is 0
+    # float64, as squares of squares are summed; less the first image's, so that a constant is exactly 0
     x = [place.double() - place[0].double() for place in places]
     x = [place - place.mean(dim=0) for place in x]
     found = torch.stack([hsic(a, b, debiased) for a in x for b in x]).view(len(x), len(x))  # [R, R]
@@ -171,13 +170,7 @@ def cka(args: argparse.Namespace) -> None:
         places = cls_along(encoder, images, autocast).cpu().unbind(dim=1)  # R times [n, D]
         plain, debiased = (cka_table(places, kind).numpy() for kind in (False, True))  # [R, R] each
         # of the places -3 is before the last block, -2 after its attention, -1 after its MLP
-        row = {"value": plain[-3, -2], "debiased": debiased[-3, -2]}
-        row |= {"whole_block": plain[-3, -1], "whole_block_debiased": debiased[-3, -1]}
-        # of every block but the first, where there is nothing to compare
-        row |= {
-            "attentions": debiased.diagonal(1)[2::2].tolist(),
-            "blocks": debiased.diagonal(2)[2::2].tolist(),
-        }
+        row = {"value": plain[-3, -2], "debiased": debiased[-3, -2], "whole_block": plain[-3, -1]}
         arrays[when], rows[when] = plain, row | {"provenance": data.source(args.data).provenance}
     store(args, "cka", arrays)
     for when, row in rows.items():

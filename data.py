@@ -28,7 +28,6 @@ import shutil
 import socket
 import sys
 import tarfile
-import urllib.error
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,20 +40,20 @@ from torch import Generator, Tensor
 # ---------------------------------------------------------------- Part 1: augmentation
 
 
-def uniform(like: Tensor, low: float, high: float, generator: Generator | None, *shape: int) -> Tensor:
-    """Random numbers from low to high, [B, *shape], on the device of `like` [B, ...]."""
-    return low + (high - low) * torch.rand(len(like), *shape, device=like.device, generator=generator)
+def uniform(like: Tensor, low: float, high: float, generator: Generator | None) -> Tensor:
+    """Random numbers from low to high, [B], on the device of `like` [B, ...]."""
+    return low + (high - low) * torch.rand(len(like), device=like.device, generator=generator)
 
 
 def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 2) -> Tensor:
-    """Random shift by up to `pad` pixels with reflection at the border (He et al. 2016, section 4.2, who have
-    4; in few epochs 2 is better, see results/tuning.md), and a random mirror image: uint8 [B, 3, S, S] ->
-    float [B, 3, S, S] in [0, 1]. Each output row and column looks up the input's that it comes from."""
+    """Random shift by up to `pad` pixels (He et al. 2016, section 4.2, have 4; in few epochs 2 is better, see
+    results/tuning.md), reflected at the border, and a random mirror image: uint8 [B, 3, S, S] -> float
+    [B, 3, S, S] in [0, 1]. Each output row and column looks up the input row or column it comes from."""
     B, _, S, _ = images.shape
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=images.device, generator=generator)
     at = torch.arange(S, device=images.device) + shift  # [2, B, S], from -pad to S - 1 + pad
     rows, columns = (S - 1) - ((S - 1) - at.abs()).abs()  # [B, S] each, reflected: -1 -> 1, S -> S - 2
-    mirror = uniform(images, 0, 1, generator, 1) < 0.5  # [B, 1]
+    mirror = uniform(images, 0, 1, generator)[:, None] < 0.5  # [B, 1]
     columns = torch.where(mirror, columns.flip(1), columns)
     b = torch.arange(B, device=images.device)[:, None, None]  # [B, 1, 1]
     # indices around a slice put the indexed axes in front: [B, S, S, 3]
@@ -195,7 +194,7 @@ def own_part(x: Tensor) -> Tensor:
 def shuffled_batches(number: int, batch: int, generator: Generator):
     """Yield index tensors [batch] that cover range(number) in random order; a smaller rest is dropped."""
     order = torch.randperm(number, device=generator.device, generator=generator)
-    yield from map(own_part, order[: number - number % batch].split(batch))
+    yield from map(own_part, order[: number - number % batch].view(-1, batch))
 
 
 class SameClassBatchSampler(torch.utils.data.Sampler):
@@ -227,13 +226,13 @@ class SameClassBatchSampler(torch.utils.data.Sampler):
         return sum(len(m) // self.batch for m in self.members)
 
     def __iter__(self):
-        g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)  # no epoch of one seed is another's
+        g = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)  # another one for each seed and epoch
         self.epoch += 1
         batches = []  # of each class
         for m in self.members:
             m = m[torch.randperm(len(m), generator=g)]
             batches.append(m[: len(m) - len(m) % self.batch].view(-1, self.batch).tolist())
-        for one_each in itertools.zip_longest(*batches):  # of each class that has one left
+        for one_each in itertools.zip_longest(*batches):  # a batch of each class; None: it has no more
             order = torch.randperm(len(one_each), generator=g).tolist()
             yield from (one_each[k] for k in order if one_each[k])
 
@@ -303,7 +302,7 @@ def fetch(folder: pathlib.Path, url: str = URL, sha256: str = SHA256) -> None:
     except RuntimeError:  # download_url_to_file's, of another SHA-256
         sys.exit(f"what comes from {url} is not the file, or a part of it (a login page?); try again")
     except OSError as error:
-        if not isinstance(error, urllib.error.URLError) and error.errno in (errno.ENOSPC, errno.EACCES):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):  # not the network's fault
             sys.exit(f"can't fetch CIFAR-10 into {folder}: {error.strerror}; 350 MB must be free there")
         advice = "go online and type the same command, or say --data synthetic for drawn shapes"
         print(f"can't download {url}: {getattr(error, 'reason', error)}; {advice}", file=sys.stderr)
@@ -359,7 +358,7 @@ def synthetic(number: int, seed: int = 0, size: int = 32) -> tuple[Tensor, Tenso
     """Ten shapes to stand in for CIFAR-10's classes: images uint8 [n, 3, size, size], labels int64 [n].
     Colours, place, size and angle have nothing to do with the class, so pixel values say little about it."""
     g = Generator().manual_seed(seed)
-    labels = torch.arange(number)[torch.randperm(number, generator=g)] % 10
+    labels = torch.randperm(number, generator=g) % 10
     angle, scale, left, top = torch.rand(4, number, 1, 1, generator=g)  # [n, 1, 1] each
     angle, scale = 2 * math.pi * angle, 0.4 + 0.4 * scale
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")  # [S, S]

@@ -95,13 +95,13 @@ class CrossBlock(nn.Module):
     starts out unchanged and learns how much to let in. The last layers' own gradient is not zero.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm_text = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.attn = CrossAttention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.apply(vit.init_linear)
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp[2].weight)
@@ -276,8 +276,8 @@ def caption(args: argparse.Namespace) -> None:
 
 
 def load_clip(name: str, out: str):
-    """(CLIP model, tokenizer, what it is): open_clip's architecture of that name with LAION's weights, or
-    "tiny", the small one in `out`. SystemExit where it can't be had."""
+    """(CLIP model, tokenizer, what it is): "ViT-B-32" with LAION's weights, "hf-hub:ORG/REPO" for another of
+    open_clip's, or "tiny", the small one in `out`. SystemExit where it can't be had."""
     import open_clip
 
     if name == "tiny":
@@ -346,9 +346,9 @@ def embed(args: argparse.Namespace) -> None:
 # no more; what the real BLIP adds is knowledge from outside.
 #
 # A captioner trained on an image's label remembers it and writes it into the caption. Fusion training on such
-# captions would learn to copy the class word, which is right there and often wrong on new images. So the
-# training images are dealt out to k folds, fold f's captioner is trained on all the others, and captions fold
-# f: no image is captioned by a model that has seen it.
+# captions would learn to copy the class word, which is right on training images and often wrong on new ones.
+# So the training images are dealt out to k folds, fold f's captioner is trained on all the others, and
+# captions fold f: no image is captioned by a model that has seen it.
 
 HUES = "red yellow green cyan blue purple".split()
 
@@ -465,9 +465,9 @@ def load_small_blips(out: str, classes: list[str], images: str):
     finished, and trained on these `images` (a hash): else one might have seen what it captions."""
     recipe = vit.read_checkpoint(f"{out}/tiny_blip_0.pt")["recipe"]
     states = [vit.read_checkpoint(f"{out}/tiny_blip_{fold}.pt") for fold in range(recipe["folds"])]
-    models = []
+    compared, models = recipe.keys() - {"code", "device", "precision"}, []
     for fold, state in enumerate(states):
-        same = all(recipe[key] == state["recipe"][key] for key in recipe if key not in ("code", "precision"))
+        same = all(recipe[key] == state["recipe"][key] for key in compared)
         if not same or state["epoch"] < recipe["epochs"] or recipe["images"] != images:
             sys.exit(f"{out}/tiny_blip_{fold}.pt is not finished, or of other images: `multimodal.py tiny`")
         model, processor = small_blip(recipe["encoder"], classes, recipe["enlarge"])
@@ -479,7 +479,7 @@ def load_small_blips(out: str, classes: list[str], images: str):
 def small_clip(size: int):
     """(open_clip's CLIP for images of `size` pixels, its tokenizer), small enough to train in a minute; not
     tuned."""
-    import open_clip  # only here: it takes seconds
+    import open_clip  # in functions only: it takes seconds
 
     image = {"image_size": size, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
     text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -579,7 +579,7 @@ def fuse(args: argparse.Namespace) -> None:
         model = Fusion(copy.deepcopy(base), states.shape[2], control != "text_only", control != "image_only")
         model.to(device)
         own = which
-        if control == "shuffled":  # every image gets its neighbour's caption: they have nothing in common
+        if control == "shuffled":  # every image gets its neighbour's caption; their order is random
             own = {split: numbers.roll(-1) for split, numbers in which.items()}
 
         def answer(x: Tensor, i: Tensor) -> Tensor:
@@ -662,9 +662,7 @@ def main() -> None:
     add("--checkpoint", type=vit.path, required=True, help="BLIP's image tower starts from this encoder")
     add("--folds", type=int, default=2, help="parts of the images, each with its BLIP (default: %(default)s)")
     add("--enlarge", type=int, default=48, help="pixels to enlarge images to (default: %(default)s)")
-    add(
-        "--frozen", type=int, default=0, help="blocks of the image tower that are not trained (default: none)"
-    )
+    add("--frozen", type=int, default=0, help="blocks of the image tower not trained (default: none)")
     p.set_defaults(run=tiny)
 
     p = stages.add_parser("caption", parents=[common], help="caption every image")
@@ -678,7 +676,7 @@ def main() -> None:
     p = stages.add_parser("embed", parents=[common], help="embed the distinct captions of a file")
     add = p.add_argument
     add("--captions", type=vit.path, required=True, help="caption file, from here or from another machine")
-    add("--clip", help='architecture, or "tiny" (default: ViT-B-32; for tiny captions tiny)')
+    add("--clip", help="ViT-B-32, hf-hub:ORG/REPO, or tiny (default: ViT-B-32; for tiny captions tiny)")
     p.set_defaults(run=embed)
 
     training = vit.training_options(epochs=25, muon=1e-3, adamw=5e-4, batch=128)

@@ -52,7 +52,6 @@ else:
     import argparse
     import pathlib
     import sys
-    import time
 
     import torch
     import torch.nn.functional as F
@@ -247,10 +246,10 @@ def encoder_of(args: argparse.Namespace, checkpoint: str | None, images: Tensor)
 # ---------------------------------------------------------------- The linear probe
 # What did the encoder learn? Freeze it, and let a linear layer read the classes off its features. Linear,
 # since that can only find what is already laid out plainly; a deeper head would learn the task itself, and
-# be what is measured. Of two features, as they are taught by different losses: CLS by InfoNCE and the angle,
-# the patch tokens by repainting. With three decays, since the best one depends on the number of labels:
-# after InfoNCE 1e-4 was best with 45,000, 1e-3 with 4,500, 1e-2 with 450 (results/tuning.md). Validation
-# images choose.
+# be what is measured. Two features are tried, as different losses teach them: CLS by InfoNCE and the angle,
+# the patch tokens by repainting; and three decays, since the best one depends on the number of labels: after
+# InfoNCE 1e-4 was best with 45,000, 1e-3 with 4,500, 1e-2 with 450 (results/tuning.md). Validation images
+# choose among these six.
 
 DECAYS = (1e-4, 1e-3, 1e-2)
 
@@ -276,16 +275,14 @@ def probe(args: argparse.Namespace) -> None:
         images[split], labels[split] = data.load(args.data, split, device, args.limit)
 
     for path in args.checkpoint:
-        start = time.perf_counter()
-        row = {"epochs": 0, "seconds": 0.0, "value": 0.0, "validation": -1.0}
+        row = {"epochs": 0, "value": 0.0, "validation": -1.0, "provenance": source.provenance}
         torch.manual_seed(args.seed)  # an untrained encoder does not depend on the rows before it
         encoder = None
         if path != "pixels":
             own = argparse.Namespace(**vars(args))  # what encoder_of writes there is of this encoder only
             encoder = encoder_of(own, None if path == "untrained" else path, images["train"]).to(device)
         if path not in ("pixels", "untrained"):
-            state = vit.read_checkpoint(path)
-            row |= {"epochs": state["epoch"], "seconds": state["seconds"]}
+            row["epochs"] = vit.read_checkpoint(path)["epoch"]
         read = {split: features(encoder, x, autocast) for split, x in images.items()}
         for feature, raw in read["train"].items():
             # standardised, so that one weight decay suits all dimensions
@@ -299,7 +296,6 @@ def probe(args: argparse.Namespace) -> None:
                 if right["validation"] > row["validation"]:
                     row |= {"feature": feature, "decay": decay, "validation": right["validation"]}
                     row["value"] = right[args.split]
-        row |= {"seconds": row["seconds"] + time.perf_counter() - start, "provenance": source.provenance}
         name = f"{pathlib.Path(path).stem}_{args.name or 'probe'}"
         vit.record(args, name, images[args.split], labels[args.split], **row)
 
@@ -317,7 +313,7 @@ def main() -> None:
     common.add_argument("--dim", type=int, help="width of a new encoder (default: 128)")
     common.add_argument("--patch", type=int, help="patch size of a new encoder in pixels (default: 8)")
 
-    # 20 epochs here, and 50 of fine-tuning: the report's. Peak learning rates: results/tuning.md
+    # 20 epochs, of Model M, and 50 of fine-tuning are the report's. Peak learning rates: results/tuning.md
     training = vit.training_options(epochs=20, muon=4e-3, adamw=5e-4, batch=128)
     p = stages.add_parser("pretrain", parents=[common, training], help="learn without labels")
     add = p.add_argument
@@ -330,7 +326,7 @@ def main() -> None:
 
     p = stages.add_parser("probe", parents=[common], help="fit a linear layer on frozen features")
     add = p.add_argument
-    where = "checkpoints, or the controls: untrained, pixels"
+    where = "checkpoints (rows are named by file name: no two alike), or the controls: untrained, pixels"
     add("--checkpoint", type=vit.path, required=True, nargs="+", help=where)
     add("--labels", type=float, default=1.0, help="share of images with labels (default: all)")
     p.set_defaults(run=probe)

@@ -103,9 +103,9 @@ class TemporalAttention(nn.Module):
 class FactorisedAttention(nn.Module):
     """Factorised self-attention (Arnab et al. 2021, section 3.3, model 3): in each block space, then time.
 
-        x = x + attention within the frame(norm(x))       as in the image encoder
-        x = x + gate * attention across frames(norm(x))   new, in the last `blocks` blocks
-        x = x + mlp(norm(x))                              as in the image encoder
+        x = x + attention within the frame(norm(x))                   as in the image encoder
+        x = x + gate * attention across frames(norm(x + positions))   new, in the last `blocks` blocks
+        x = x + mlp(norm(x))                                          as in the image encoder
 
     There is no temporal CLS token; the class is read from the mean of the frames' CLS tokens. (ViViT's model
     3 has no CLS token at all and averages all tokens; ours keeps the image encoder's, as M was trained with
@@ -155,7 +155,7 @@ def static(model: nn.Module, images: Tensor) -> Tensor:
 # right. Trained on that alone, the network stops there: the loss is small and no longer says what is wrong
 # with any single image. But a static video, by which it is judged, has no other images to vote with. Hence a
 # second loss: every image must also be recognised by itself, as the static video that it will be shown as in
-# the test. Its weight of 16 counts each image as much as the clip. Said plainly: 16 of 17 parts of the loss
+# the test. A weight of 16 = F counts each image as much as the clip. Said plainly: 16 of 17 parts of the loss
 # then are image classification, and that, not the clips, is what most of the accuracy comes from (compare the
 # rows clips_1 and clips_2, without it: --frame-loss 0).
 

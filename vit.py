@@ -79,12 +79,12 @@ class Block(nn.Module):
     warm-up or diverges; with pre-norm it does not (Xiong et al. 2020). The MLP is four times as wide inside.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, trace: list | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D].
@@ -236,23 +236,23 @@ class Classifier(nn.Module):
 #
 #     p(X) = a X + b (X X^T) X + c (X X^T)^2 X = U p(S) V^T,        p(s) = a s + b s^3 + c s^5
 #
-# and a p that drives every s in (0, 1] towards 1 will do; it costs three matrix products a time. The textbook
-# one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) = 1.9 s for small s). Jordan's
-# coefficients were searched for a steep start: 3.4 times a time, so that five times lift all above 0.002; the
-# price is that they end between 0.7 and 1.2 instead of at 1.
+# and if p, applied again and again, drives every s in (0, 1] towards 1, it will do; each time costs three
+# matrix products. The textbook one of this degree, (15, -10, 3) / 8, converges to 1 but starts slowly (p(s) =
+# 1.9 s for small s). Jordan's coefficients were searched for a steep start: 3.4 s. Five times bring every s
+# above 0.002 to between 0.7 and 1.2: fast, at the price of not ending at 1.
 #
 # Muon is for matrices inside the network. AdamW keeps what is no such map: biases and norms (vectors), CLS
 # and positions (tables of vectors), and the heads, each of whose outputs has a meaning of its own. Jordan et
 # al. leave the input layer to AdamW, too; ours, the patch embedding, is a map from pixels like any other.
 
 
-def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """U V^T of every matrix U S V^T, nearly: [n, rows, columns] -> the same, singular values about 1 (Jordan
-    et al. 2024, coefficients and iterations). With rows <= columns the products are smaller."""
+    et al. 2024: coefficients, five iterations). With rows <= columns the products are smaller."""
     a, b, c = 3.4445, -4.7750, 2.0315
     # no singular value exceeds the Frobenius norm, so all are in [0, 1] now; 1e-7: a gradient may be zero
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(iterations):
+    for _ in range(5):
         gram = x @ x.mT  # [n, rows, rows]
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x, [n, rows, columns]
@@ -270,9 +270,9 @@ class Muon(torch.optim.AdamW):
     sqrt(max(rows, columns)) large; the factor in front makes it 0.2, about the root mean square of an AdamW
     step's entries (Liu et al. 2025, section 2.2), so that the two can share a learning rate and a decay.
 
-    Parameter groups with the key `parts` are stepped by Muon, all others by AdamW. Its weights are so many
-    matrices on top of each other (a qkv: 3), each a map of its own; [rows, ...] counts as one matrix, a patch
-    embedding [D, C, P, P] as [D, C*P*P]. `precision`: of the iterations.
+    Parameter groups with the key `parts` are stepped by Muon, all others by AdamW. `parts` says how many
+    matrices, each a map of its own, lie on top of each other in a weight (a qkv: 3). A weight of more axes is
+    one matrix, too: a patch embedding [D, C, P, P] is [D, C*P*P]. `precision`: of the iterations.
     """
 
     def __init__(self, groups, lr, momentum=0.95, precision=torch.float32, **adamw):
@@ -345,10 +345,10 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
 
 
 def triangle(step: int, total: int, warmup: float) -> float:
-    """The share of the peak learning rate in this step, counted from 0, of `total`: a line up over the first
-    share `warmup`, as a mean over few gradients is no mean yet; then a line down to zero, as a network that
-    takes full steps to the end is still being thrown about when it is stopped (Defazio et al. 2023, arXiv
-    2310.07831; half a cosine down is a point or two worse in short trainings, results/tuning.md)."""
+    """The share of the peak learning rate in step 0, 1, ... of `total`: a line up over the first share
+    `warmup`, while the optimiser's running means hold too few gradients; then a line down to zero, as a
+    network that takes full steps to the end is still thrown about when it is stopped (Defazio et al. 2023,
+    arXiv 2310.07831; half a cosine down is a point or two worse in short trainings, results/tuning.md)."""
     rise = warmup * total
     up, down = (step + 1) / (rise + 1), (total - step) / max(1, total - rise)
     return max(0.0, min(up, down))
@@ -388,7 +388,7 @@ def set_up(args: argparse.Namespace):
     """Choose device and precision where they are "auto", and write them into args; seed what draws initial
     weights -> the device, and a context in which matmuls run in that precision. SystemExit where the device
     can't be used. bfloat16 is 2 to 3 times faster on CPUs that compute in it, up to 30 times slower on all
-    others; on a GPU not arithmetic takes the time of so small a network, but the launching of kernels."""
+    others; a GPU gains little: launching the kernels of so small a network takes longer than computing."""
     if args.device == "auto":
         there = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if there else "cpu"
@@ -515,10 +515,10 @@ def hash_of_code() -> str:
 
 class Run:
     """One training run, which can be stopped at any moment and goes on when the same command is typed again:
-    made, it goes on from out/NAME.pt, where there is one, after its `epoch`. A resumed run draws the same
-    numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. `recipe` is what
-    makes it another run; `steps`: of an epoch. To stop early, `break` at the top of an epoch by what
-    `history` says, which a resumed run has, too."""
+    it is loaded from out/NAME.pt, if there is one, and `epoch` says how many epochs are done. Then it draws
+    the same numbers as one that was not interrupted; on a CPU its weights are the same bit by bit. With
+    another `recipe` it is another run, and refused; `steps`: of an epoch. To stop early, `break` at the top
+    of an epoch by what `history` says, which a resumed run has, too."""
 
     def __init__(self, args, name: str, model: nn.Module, optimizer, schedule, steps: int, recipe: dict):
         from tqdm import tqdm
@@ -544,7 +544,7 @@ class Run:
         """Go on from the checkpoint of an earlier start of this run; SystemExit where it was another run."""
         state = read_checkpoint(self.path)
         finished = state["epoch"] >= self.args.epochs
-        for key, before in state["recipe"].items():  # an option that the code has only now has its default
+        for key, before in state["recipe"].items():  # an option that only one of the two has is not compared
             if (now := self.recipe.get(key, before)) != before:
                 other = f"{self.path} was made with another {key}: {before!r}, not {now!r}"
                 if not finished or key not in ("code", "device", "precision"):
@@ -636,14 +636,9 @@ def common_options() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--data", type=path, default="data", help='folder with CIFAR-10, or "synthetic" (default: data)')
     add("--out", type=path, default="runs/mine", help="folder for checkpoints and rows (default: runs/mine)")
-    add("--name", help="name of the checkpoint and of its row, where a stage has one")
+    add("--name", help="name of the checkpoint and of its row; of a probe: the end of its rows' names")
     splits, precisions = ["validation", "test"], ["auto", "float32", "bfloat16"]
-    add(
-        "--split",
-        choices=splits,
-        default="validation",
-        help="what is measured; look at test once, at the end",
-    )
+    add("--split", choices=splits, default="validation", help="what is measured; test once, at the end")
     add("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     add("--limit", type=int, help="use only so many images of each split (default: all)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
@@ -690,7 +685,7 @@ def command(parser: argparse.ArgumentParser) -> None:
     except RuntimeError as error:
         if "loading state_dict" in str(error):
             sys.exit(f"{error}\nA checkpoint holds another network: undo the edit, or train anew (--fresh)")
-        if re.search("memory|ALLOC_FAILED", str(error)):  # CUDA, MPS and CPU say it in different words
+        if re.search("(out of|enough|allocate) memory|ALLOC_FAILED", str(error)):  # CUDA, MPS, CPU differ
             sys.exit("out of memory; choose a smaller --batch (video.py: --clips), or --device cpu")
         raise
 

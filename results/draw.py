@@ -228,16 +228,7 @@ def draw_cka(args: argparse.Namespace, names: list[str], stored: dict):
 
 CURVES = {"match": "partner found (%)", "angle": "angle named (%)", "mse": "squared error"}
 CURVES |= {"train": "accuracy, training (%)", "validation": "accuracy, validation (%)"}
-TRAINED = [
-    "infonce",
-    "m",
-    "m_alone",
-    "finetune",
-    "finetune_infonce",
-    "finetune_scratch",
-    "video_1",
-    "video_2",
-]
+TRAINED = "infonce m m_alone finetune finetune_infonce finetune_scratch video_1 video_2".split()
 
 
 def draw_curves(args: argparse.Namespace, names: list[str]):
@@ -395,7 +386,7 @@ def main() -> None:
     args = argparse.ArgumentParser(parents=[vit.common_options()]).parse_args()
     source, out = data.source(args.data), pathlib.Path(args.out)
     footer, who = f"{source.provenance}; run {out.name}", "tiny"
-    if (out / "captions_blip.json").exists():
+    if vit.row_path(args, "fusion_blip", "npz").exists():
         who = "blip"
     for name, (draw, needs) in PICTURES.items():
         inputs = [read(args, what.replace("WHO", who)) for what in needs]

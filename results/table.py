@@ -27,8 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import vit  # noqa: E402
 
-# row, what it is, its control: the row that it is compared with, trained for as many epochs, unless that is
-# what is compared
+# row | what it is | its control: the row that it is compared with (empty: none)
 LINES = """
 pixels_probe | linear probe of raw pixels |
 untrained_probe | linear probe of an untrained encoder | pixels_probe
@@ -69,8 +68,9 @@ regression is logistic and fitted on validation images; its control is that of t
 mean of the differences is further from zero than the seeds' luck takes it in 19 of 20 cases (Student's t)."""
 
 CONTROLS = ["pixels_probe", "finetune_scratch", "finetune_infonce", "video_1", "video_2"]
-CONTROLS += ["fusion_tiny_image_only", "fusion_tiny"]
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds -> t's 97.5 % quantile, in standard errors of a mean
+CONTROLS += ["fusion_tiny_image_only", "fusion_tiny", "fusion_blip_image_only"]
+# seeds -> Student's t, 97.5 %, in standard errors of a mean; of six for more, which is cautious
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 Rows = dict[str, dict]  # a run's rows, by name
 
 
@@ -91,7 +91,7 @@ def runs_of(out: pathlib.Path, split: str = "test") -> list[Rows]:
     def recipe(row: dict) -> list:
         """What must be the same."""
         command = re.sub(r"--seed \d+|-seed\d+", "", row["command"])
-        return [command, *(row[key] for key in ("images", "code", "precision", "limit"))]
+        return [command, *(row[key] for key in ("images", "code", "precision"))]
 
     runs = [read_rows(out, split)]
     for folder in sorted(out.parent.glob(f"{out.name}-seed*")):
@@ -106,7 +106,7 @@ def in_words(name: str, values: list[float], sign: str = "") -> str:
     standard deviation; differences, with a sign, in points."""
     if not values:
         return ""
-    scale, digits = (1, 4) if name.startswith(("cka", "maps")) else (100, 2)
+    scale, digits = (1, 4) if re.search("(^|_)(cka|maps)_", name) else (100, 2)
     spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * statistics.mean(values):{sign}.{digits}f}{spread}{'' if scale == 1 or sign else ' %'}"
 
@@ -116,7 +116,7 @@ def entry(rows: Rows, name: str):
     name, _, path = name.partition(":")
     found = rows.get(name)
     for step in (path or "value").split("."):
-        found = found[int(step)] if isinstance(found, list) else found and found.get(step)
+        found = found and found.get(step)
     return found
 
 
@@ -125,8 +125,6 @@ def number(runs: list[Rows], name: str) -> str:
     found = [x for rows in runs if (x := entry(rows, name)) is not None]
     if name.endswith((":images", ":epochs")):
         return ", ".join(str(x) for x in dict.fromkeys(found))
-    if found and name.endswith(":seconds"):
-        return f"{statistics.mean(found) / 60:.1f} min"
     return in_words(name, found)
 
 
@@ -136,9 +134,9 @@ def difference(runs: list[Rows], name: str, control: str) -> str:
     pairs = [(entry(rows, name), entry(rows, control)) for rows in runs]
     found = [x - y for x, y in pairs if None not in (x, y)]
     star = ""
-    if len(found) in STUDENT:
+    if len(found) > 1:
         error = statistics.stdev(found) / len(found) ** 0.5
-        star = " *" if abs(statistics.mean(found)) > STUDENT[len(found)] * error else ""
+        star = " *" if abs(statistics.mean(found)) > STUDENT[min(len(found), 6)] * error else ""
     return in_words(name, found, "+") + star
 
 
@@ -220,7 +218,7 @@ def publish(root: pathlib.Path) -> None:
     folders = {name: out for name, out in folders.items() if (out / "rows").exists()}
     profiles = {name: runs_of(out) for name, out in folders.items()}
     page = filled((root / "results/report.template.md").read_text(), profiles)
-    # README.md shows the rows that the report has, and the controls of these
+    # README.md shows the rows that the report has, their controls, and some beside them
     shown = [line for line in table(profiles) if line[1] or line[0] in CONTROLS]
     readme, block = (root / "README.md").read_text(), markdown(shown)
     readme = re.sub(r"(?s)(<!-- results -->\n).*(\n<!-- end -->)", lambda m: m[1] + block + m[2], readme)

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import call, load
@@ -109,7 +108,7 @@ def test_focus_at_its_extremes():
     sharp = analysis.focus(torch.eye(16)[:1])
     # log 8 / log 16
     assert flat["entropy"] == pytest.approx(0.75) and flat["best_quarter"] == pytest.approx(0.5)
-    assert sharp["entropy"] == 0 and sharp["best_quarter"] == 1 and sharp["peak"] == 1
+    assert sharp["entropy"] == 0 and sharp["best_quarter"] == 1
     middle = torch.zeros(1, 16)
     middle[:, [5, 6, 9, 10]] = 0.5
     assert analysis.focus(middle)["centre"] == 0.5 and flat["centre"] == pytest.approx(0)
@@ -122,11 +121,6 @@ def test_nearest_neighbours_vote_all_of_them_where_there_are_fewer(k):
         cosines = torch.cosine_similarity(query[None], keys)
         votes = labels[cosines.argsort(descending=True)[:k]].tolist()
         assert votes.count(found.item()) == max(map(votes.count, votes))
-
-
-def test_colour_map_ends_are_viridis():
-    found = draw.colour(np.array([0.0, 1.0, 0.5]))
-    assert found.tolist() == [[68, 1, 84], [253, 231, 37], [33, 144, 141]]
 
 
 def test_a_picture_says_that_its_stage_has_not_run_and_a_fault_in_it_is_not_hidden(tmp_path, monkeypatch):
@@ -152,16 +146,10 @@ def test_the_film_needs_few_images(tmp_path):
 
 
 def write_row(folder, name, value, seed=0, **more):
-    usual = {
-        "value": value,
-        "split": "test",
-        "images": "a",
-        "code": "b",
-        "precision": "float32",
-        "limit": None,
-    }
+    usual = {"value": value, "split": "test", "images": "a", "code": "b"}
+    usual |= {"precision": "float32", "limit": None}
     usual |= {"command": f"python ssl.py probe --out runs/{folder.name} --split test --seed {seed}"}
-    usual |= {"seed": seed, "provenance": "CIFAR-10", "device": "cpu", "torch": "2", "seconds": 90.0}
+    usual |= {"seed": seed, "provenance": "CIFAR-10", "device": "cpu", "torch": "2"}
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     (folder / "rows" / f"{name}.json").write_text(json.dumps(usual | more))
 
@@ -171,13 +159,7 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(tmp_path):
     write_row(tmp_path / "run-seed1", "m_probe", 0.2, seed=1)
     write_row(tmp_path / "run-seed2", "m_probe", 0.3, seed=2)
     write_row(tmp_path / "run-seed1-backup", "m_probe", 0.9, seed=1)
-    others = [
-        {"images": "c"},
-        {"code": "c"},
-        {"precision": "bfloat16"},
-        {"limit": 9},
-        {"command": "python x"},
-    ]
+    others = [{"images": "c"}, {"code": "c"}, {"precision": "bfloat16"}, {"command": "python x"}]
     for seed, other in enumerate(others, start=3):
         write_row(tmp_path / f"run-seed{seed}", "m_probe", 0.9, seed=seed, **other)
     runs = table.runs_of(tmp_path / "run")
@@ -199,8 +181,8 @@ def published(tmp_path):
     laptop, second, full = (tmp_path / f"runs/cifar10-{name}" for name in ("laptop", "laptop-seed1", "full"))
     write_row(laptop, "m_probe", 0.5, training={"train": 0.25})
     write_row(laptop, "pixels_probe", 0.4)
-    write_row(laptop, "cka_after", 0.5, blocks=[0.1, 0.2])
-    write_row(second, "m_probe", 0.6, seed=1, training={"train": 0.35}, seconds=30)
+    write_row(laptop, "cka_after", 0.5, debiased=0.2)
+    write_row(second, "m_probe", 0.6, seed=1, training={"train": 0.35})
     write_row(second, "pixels_probe", 0.4, seed=1)
     write_row(full, "m_probe", 0.8)
     (laptop / "commands.txt").write_text("# commit abc\npython ssl.py probe --device cuda --out x\n")
@@ -218,10 +200,9 @@ def published(tmp_path):
         ("{full m_probe}", "80.00 %"),
         ("{report m_probe}", "38.51 %"),
         ("{full finetune}", "not measured"),
-        ("{laptop m_probe:seconds}", "1.0 min"),
         ("{laptop m_probe:training.train}", "30.00 ± 7.07 %"),
         ("{laptop cka_after}", "0.5000"),
-        ("{laptop cka_after:blocks.1}", "0.2000"),
+        ("{laptop cka_after:debiased}", "0.2000"),
         ("{laptop m_probe - pixels_probe}", "+15.00 ± 7.07"),
         ("{full m_probe - pixels_probe}", "not measured"),
     ],

@@ -11,7 +11,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import call
 
 import data
 import vit
@@ -54,12 +53,6 @@ def test_patch_augment_does_to_each_patch_what_its_indices_say(batch):
 def test_images_that_are_no_whole_number_of_patches_are_refused(shape):
     with pytest.raises(ValueError, match="S a multiple of 8"):
         data.patchify(torch.zeros(shape), 8)
-
-
-def test_turn_is_numpys_rot90_of_each_image(batch):
-    angle = torch.arange(64) % 4
-    expected = [np.rot90(image, k, axes=(1, 2)) for image, k in zip(batch.numpy(), angle.tolist())]
-    np.testing.assert_array_equal(data.turn(batch, angle).numpy(), np.stack(expected))
 
 
 def test_patch_counts_and_sizes_are_parameters(batch):
@@ -273,13 +266,6 @@ def test_a_note_on_provenance_may_have_any_letters(tmp_path, encoding):
     (tmp_path / data.FOLDER / "provenance.txt").write_bytes("copie de l'été\r\n".encode(encoding))
     expected = "copie de l'\ufffdt\ufffd" if encoding == "latin-1" else "copie de l'été"
     assert data.source(str(tmp_path)).provenance == expected
-
-
-def test_an_empty_data_folder_gets_one_sentence(tmp_path):
-    text = call(
-        "ssl.py", "finetune", "--data", tmp_path, "--out", tmp_path / "o", "--precision", "float32", code=1
-    )
-    assert "fetches CIFAR-10" in text and "--data synthetic" in text
 
 
 def test_synthetic_is_repeatable_balanced_and_too_hard_for_a_linear_layer_on_pixels():

@@ -258,10 +258,7 @@ def test_the_whole_stage_leaves_its_rows_and_pictures(finished):
     found = rows(finished)
     kinds = ("", "_image_only", "_text_only", "_shuffled", "_tokens")
     expected = {f"fusion_tiny{kind}_validation" for kind in kinds} | {"captions_tiny_validation"}
-    expected |= {
-        "fusion_tiny_image_only",
-        "fusion_tiny_bound",
-    }  # fitted on validation, so judged on test only
+    expected |= {"fusion_tiny_image_only", "fusion_tiny_bound"}  # of the test split
     assert expected <= found.keys() and all(found[name]["captioner"] == "tiny" for name in expected)
     drawn = stage("results/draw.py", finished)
     assert "captions: drawn" in drawn and "words: drawn" in drawn

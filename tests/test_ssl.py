@@ -193,11 +193,9 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path, monke
     for row in found.values():
         assert "SYNTHETIC" in row["provenance"] and (row["seed"], row["limit"]) == (0, 256)
         assert 0 <= row["value"] <= 1 and row["command"].startswith("python ") and len(row["images"]) == 12
-    assert found["cka_before"]["precision"] == "float32" and len(found["cka_before"]["blocks"]) == 5
+    assert found["cka_before"]["precision"] == "float32"
     drawn = call("results/draw.py", *out)
-    assert drawn.count(": drawn") == 4 and "learning.gif: 1 frames" in drawn, (
-        drawn
-    )  # not those of later stages
+    assert drawn.count(": drawn") == 4 and "learning.gif: 1 frames" in drawn  # not those of later stages
     text = call("results/table.py", *out)
     assert "0.7353" in text and "SYNTHETIC" in text and "MEAN NOTHING" in text
     report = (tmp_path / "report.md").read_text()
@@ -226,26 +224,13 @@ def test_choosing_happens_on_validation_unless_the_test_split_is_asked_for(tmp_p
 @pytest.mark.parametrize(
     "line, code, message",
     [
-        ("ssl.py", 2, "required"),
-        ("ssl.py pretrain --task moco", 2, "invalid choice"),
         ("ssl.py finetune --batch 0", 2, "--batch 0 is not between 1 and"),
-        ("ssl.py finetune --epochs -1", 2, "--epochs -1 is not between 1 and"),
-        ("ssl.py finetune --smoothing 3", 2, "--smoothing 3.0 is not between 0 and 1"),
-        ("ssl.py finetune --labels few", 2, "argument --labels: invalid float value: 'few'"),
         ("ssl.py finetune --lr nan", 2, "--lr nan is not between"),
         ("ssl.py finetune --seed 4294967296", 2, "--seed 4294967296 is not between 0 and"),  # would be seed 0
-        ("video.py --checkpoint nowhere.pt --frames 0", 2, "--frames 0 is not between"),
-        (
-            "ssl.py probe --checkpoint nowhere.pt --data synthetic --limit 100",
-            1,
-            "nowhere.pt: there is no check",
-        ),
         ("ssl.py pretrain --task m --data synthetic --limit 10", 1, "choose a smaller batch"),
         ("ssl.py pretrain --task m --data synthetic --limit 10 --patch 5", 1, "5-pixel patches"),
         ("ssl.py pretrain --task m --masked 17 --data synthetic --limit 10", 1, "must be 1 to 16 patches"),
         ("ssl.py pretrain --task m --masked 0 --turned 0 --data synthetic --limit 10", 1, "must be 1 to 16"),
-        ("ssl.py pretrain --task m --masked -1 --turned 4", 2, "--masked -1 is not between 0 and"),
-        ("ssl.py finetune --weight-decay -1", 2, "--weight-decay -1.0 is not between 0 and"),
         ("ssl.py finetune --dim 130 --data synthetic --limit 100", 1, "choose another --patch or --dim"),
         ("ssl.py finetune --labels 0.01 --data synthetic --limit 100", 1, "leaves 1; at least 10"),
         ("ssl.py finetune --device xpu:9 --data synthetic --limit 100", 1, "'xpu:9' can't be used"),
@@ -290,3 +275,9 @@ def test_interrupting_says_how_to_go_on_and_too_little_memory_what_to_do(tmp_pat
     )
     monkeypatch.setattr(data, "load", exhausted)
     assert "choose a smaller --batch" in call("ssl.py", "finetune", "--out", tmp_path, code=1)
+
+
+def test_a_fault_in_the_code_is_not_taken_for_too_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: torch.zeros(1).expand(2).add_(1))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        call("ssl.py", "finetune", "--out", tmp_path)

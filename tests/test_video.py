@@ -122,32 +122,12 @@ def test_the_temporal_encoder_starts_as_copies_of_model_ms_last_blocks():
 
 
 @both
-def test_no_clip_hears_of_another_and_every_frame_has_its_say(kind):
-    model, x = small(kind, 2), clips().requires_grad_()
-    logits = answer(model, x)
-    logits[0].sum().backward()
-    assert x.grad[0].abs().amax(dim=(1, 2, 3)).min() > 0 and x.grad[1:].abs().max() == 0
-    with torch.no_grad():
-        alone = torch.cat([answer(model, clip[None]) for clip in x])
-    torch.testing.assert_close(logits, alone, **CLOSE)
-
-
-@both
 def test_a_static_video_is_a_clip_of_copies_at_the_price_of_one_image(kind):
     model, images = small(kind, 2), data.synthetic(3)[0]
     with torch.no_grad():
         copies = torch.stack([images] * F, dim=1).float() / 255  # [3, F, 3, S, S]
         torch.testing.assert_close(video.static(model, images), answer(model, copies), **CLOSE)
         assert video.repeated(model.encode(copies[:, 0]), F).stride(1) == 0, "expanded, not copied"
-
-
-def test_the_temporal_step_mixes_the_same_patch_position_of_the_same_clip_only():
-    temporal, x = small("divided").temporals[0], torch.randn(3, F, 17, 32, requires_grad=True)
-    temporal(x)[1, 2, 5].sum().backward()
-    seen = x.grad.abs().amax(dim=-1) > 0  # [C, F, T]
-    expected = torch.zeros(3, F, 17, dtype=torch.bool)
-    expected[1, :, 5] = True
-    assert torch.equal(seen, expected)
 
 
 @both

@@ -346,9 +346,9 @@ def test_any_kind_of_number_may_be_kept_with_an_epoch_and_in_a_row(tmp_path):
 def test_fresh_forgets_the_old_run_at_once_and_no_other(tmp_path):
     """Else a stop in its first epoch would bring the old weights back, as "finished before"."""
     train(tiny_run(tmp_path))
-    (tmp_path / "tiny-epochs1.pt").write_bytes(b"another run's")
+    (tmp_path / "tiny-2.pt").write_bytes(b"another run's")
     tiny_run(tmp_path, fresh=True)
-    assert tiny_run(tmp_path).epoch == 0 and (tmp_path / "tiny-epochs1.pt").exists()
+    assert tiny_run(tmp_path).epoch == 0 and (tmp_path / "tiny-2.pt").exists()
 
 
 def test_kept_epochs_are_the_weights_of_their_time(tmp_path):
@@ -437,12 +437,6 @@ def test_a_gpu_without_kernels_in_this_torch_gets_one_sentence(monkeypatch, tmp_
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(SystemExit, match="'cuda' can't be used .*no kernel image.*try --device cpu"):
         vit.set_up(options(tmp_path, device="cuda"))
-
-
-def test_float32_on_a_gpu_is_float32():
-    """Not TF32, with 10 bits, which the rows would call float32, too."""
-    assert "set_float32_matmul_precision" not in (ROOT / "vit.py").read_text()
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
