@@ -61,11 +61,12 @@ for line in LINES.strip().split("\n"):
         TABLE[row] = (words, control)
 REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029, "clips_1": 0.4404}
 REPORTED |= {"clips_2": 0.4244, "fusion_blip": 0.7013, "cka_before": 0.8698, "cka_after": 0.7353}
-NOTES = """Epochs: of the last training. A probe reads cls or the mean of the patch tokens, in brackets, as is
-better on the validation split. Tiny captions are not BLIP's, which the report used: a small captioner of the
-same library class wrote them, trained here on the training labels; they hold no knowledge from outside. The
-regression is logistic and fitted on validation images; its control is that of the logits alone. A star: the
-mean of the differences is further from zero than the seeds' luck takes it in 19 of 20 cases (Student's t)."""
+NOTES = """Epochs: of the last training. A probe reads cls or the mean of the patch tokens, as is better on
+the validation split: in brackets, what the seeds chose. Tiny captions are not BLIP's, which the report used: a
+small captioner of the same library class wrote them, trained here on the training labels; they hold no
+knowledge from outside. The regression is logistic and fitted on validation images; its control is that of the
+logits alone. A star: the mean of the differences is further from zero than the seeds' luck takes it in 19 of
+20 cases (Student's t)."""
 
 CONTROLS = ["pixels_probe", "finetune_scratch", "finetune_infonce", "video_1", "video_2"]
 CONTROLS += ["fusion_tiny_image_only", "fusion_tiny", "fusion_blip_image_only"]
@@ -123,7 +124,7 @@ def entry(rows: Rows, name: str):
 def number(runs: list[Rows], name: str) -> str:
     """An entry over the seeds."""
     found = [x for rows in runs if (x := entry(rows, name)) is not None]
-    if name.endswith((":images", ":epochs")):
+    if name.endswith((":images", ":epochs", ":feature")):
         return ", ".join(str(x) for x in dict.fromkeys(found))
     return in_words(name, found)
 
@@ -150,7 +151,8 @@ def table(profiles: dict[str, list[Rows]]) -> list[list[str]]:
         line = [name, in_words(name, [REPORTED[name]] if name in REPORTED else [])]
         for runs in profiles.values():
             line += [number(runs, name), number(runs, f"{name}:epochs"), difference(runs, name, control)]
-            words += f" ({runs[0][name]['feature']})" if "feature" in runs[0].get(name, {}) else ""
+            feature = number(runs, f"{name}:feature")
+            words += f" ({feature})" if feature else ""
         lines.append([*line, words, control if control.partition(":")[0] in there else ""])
     return lines
 
