@@ -62,8 +62,8 @@ for line in LINES.strip().split("\n"):
 REPORTED = {"infonce_probe": 0.4008, "m_probe": 0.3851, "finetune": 0.4029, "clips_1": 0.4404}
 REPORTED |= {"clips_2": 0.4244, "fusion_blip": 0.7013, "cka_before": 0.8698, "cka_after": 0.7353}
 NOTES = """Epochs: of the last training. A probe reads cls or the mean of the patch tokens, as is better on
-the validation split: in brackets, what the seeds chose. Tiny captions are not BLIP's, which the report used: a
-small captioner of the same library class wrote them, trained here on the training labels; they hold no
+the validation split: in brackets, what the seeds chose. Tiny captions are not BLIP's, which the report used:
+a small captioner of the same library class wrote them, trained here on the training labels; they hold no
 knowledge from outside. The regression is logistic and fitted on validation images; its control is that of the
 logits alone. A star: the mean of the differences is further from zero than the seeds' luck takes it in 19 of
 20 cases (Student's t)."""
