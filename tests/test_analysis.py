@@ -179,10 +179,10 @@ def test_a_mixture_and_few_images_are_said_by_the_rows(tmp_path):
 def published(tmp_path):
     """A project with two seeds of laptop, one of full, and pages to be filled in."""
     laptop, second, full = (tmp_path / f"runs/cifar10-{name}" for name in ("laptop", "laptop-seed1", "full"))
-    write_row(laptop, "m_probe", 0.5, training={"train": 0.25})
+    write_row(laptop, "m_probe", 0.5, training={"train": 0.25}, feature="mean")
     write_row(laptop, "pixels_probe", 0.4)
     write_row(laptop, "cka_after", 0.5, debiased=0.2)
-    write_row(second, "m_probe", 0.6, seed=1, training={"train": 0.35})
+    write_row(second, "m_probe", 0.6, seed=1, training={"train": 0.35}, feature="cls")
     write_row(second, "pixels_probe", 0.4, seed=1)
     write_row(full, "m_probe", 0.8)
     (laptop / "commands.txt").write_text("# commit abc\npython ssl.py probe --device cuda --out x\n")
@@ -198,6 +198,7 @@ def published(tmp_path):
     [
         ("{laptop m_probe}", "55.00 ± 7.07 %"),
         ("{full m_probe}", "80.00 %"),
+        ("{laptop m_probe:feature}", "mean, cls"),  # as each seed chose
         ("{report m_probe}", "38.51 %"),
         ("{full finetune}", "not measured"),
         ("{laptop m_probe:training.train}", "30.00 ± 7.07 %"),
