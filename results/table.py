@@ -37,6 +37,7 @@ m_alone_probe | linear probe after Model M without InfoNCE | pixels_probe
 finetune_scratch | trained on labels from scratch |
 finetune_infonce | fine-tuned from InfoNCE, without Model M | finetune_scratch
 finetune | fine-tuned from Model M | finetune_infonce
+finetune_scratch_13 | from scratch, as many epochs as finetune has behind it | finetune
 clips_1 | clips alone, one temporal block |
 clips_2 | clips alone, two temporal blocks | clips_1
 video_1 | clips and each of their images by itself, one temporal block | clips_1
