@@ -98,8 +98,8 @@ def runs_of(out: pathlib.Path, split: str = "test") -> list[Rows]:
     runs = [read_rows(out, split)]
     for folder in sorted(out.parent.glob(f"{out.name}-seed*")):
         rows = read_rows(folder, split) if re.fullmatch(r"-seed\d+", folder.name[len(out.name) :]) else {}
-        shared = rows.keys() & runs[0].keys()
-        runs.append({name: rows[name] for name in shared if recipe(rows[name]) == recipe(runs[0][name])})
+        same = [name for name, row in runs[0].items() if name in rows and recipe(rows[name]) == recipe(row)]
+        runs.append({name: rows[name] for name in same})
     return runs
 
 
