@@ -60,6 +60,23 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 2) 
     return images[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float() / 255
 
 
+def cutmix(images: Tensor, labels: Tensor, classes: int, generator: Generator | None = None):
+    """In half of the batches, paste a rectangle of another image into each (Yun et al. 2019, section 3.1).
+
+    images: [B, 3, S, S], labels: [B] -> mixed images [B, 3, S, S], and each class's share of the pixels,
+    [B, K]. The rectangle is the same for the whole batch; its area is uniform in [0, 1] before the image's
+    border cuts it off.
+    """
+    S = images.shape[-1]
+    area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
+    half = torch.where(chance < 0.5, area.sqrt() / 2, 0)  # of the rectangle's side
+    at = (torch.arange(S, device=images.device) + 0.5) / S  # [S]
+    inside = ((at - y).abs() < half)[:, None] & ((at - x).abs() < half)  # [S, S]
+    other = torch.randperm(len(images), device=images.device, generator=generator)  # [B]
+    share, pasted = F.one_hot(labels, classes).float(), inside.float().mean()  # [B, K], []
+    return torch.where(inside, images[other], images), torch.lerp(share, share[other], pasted)
+
+
 def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
     """A random rectangle (share of the area in `scale`, aspect 3/4 to 4/3), stretched to full size, mirrored:
     uint8 [B, 3, S, S] -> float [B, 3, S, S] in [0, 1]. (Szegedy et al. 2015; SimCLR, appendix A, which crops

@@ -67,10 +67,10 @@ gpu="" default=laptop
 if python -c 'import torch; print(torch.ones(1, device="cuda") + 1)' >/dev/null 2>&1; then gpu=yes default=full; fi
 profile=${profile:-$default}
 case $profile in
-  quick)  infonce=1 m=1 finetune=1 clips=1 captioner=1 fusion=1 frozen=4 enlarge=40 ;;
-  laptop) infonce=4 m=3 finetune=6 clips=4 captioner=2 fusion=1 frozen=4 enlarge=40 ;;
+  quick)  infonce=1 m=1 finetune=1 clips=1 captioner=1 fusion=1 frozen=4 enlarge=40 cutmix= ;;
+  laptop) infonce=4 m=3 finetune=6 clips=4 captioner=2 fusion=1 frozen=4 enlarge=40 cutmix= ;;
   # the report's epochs for Model M, fine-tuning and clips; it names none for InfoNCE and captions
-  full)   infonce=40 m=20 finetune=50 clips=25 captioner=25 fusion=1 frozen=0 enlarge=48 ;;
+  full)   infonce=40 m=20 finetune=50 clips=25 captioner=25 fusion=1 frozen=0 enlarge=48 cutmix=--cutmix ;;
 esac
 case ${NPROC:-1} in  # what starts the stages that train; the address by number, as some machines don't know their name
   1) train=python ;;
@@ -124,10 +124,10 @@ stage "control: Model M without InfoNCE" \
 stage "linear probes; controls: raw pixels, an untrained ViT" \
   python ssl.py probe --checkpoint pixels untrained $out/{infonce,m,m_alone}.pt
 stage "fine-tuning Model M on labels" \
-  $train ssl.py finetune --checkpoint $out/m.pt --epochs $finetune --keep-epochs
+  $train ssl.py finetune --checkpoint $out/m.pt --epochs $finetune $cutmix --keep-epochs
 stage "control: fine-tuning from InfoNCE, without Model M" \
-  $train ssl.py finetune --checkpoint $out/infonce.pt --epochs $finetune --name finetune_infonce
-stage "control: the same training from scratch" $train ssl.py finetune --epochs $finetune
+  $train ssl.py finetune --checkpoint $out/infonce.pt --epochs $finetune $cutmix --name finetune_infonce
+stage "control: the same training from scratch" $train ssl.py finetune --epochs $finetune $cutmix
 stage "where CLS looks, and what attention changes" python analysis.py maps cka
 
 # ---------------------------------------------------------------- stage 2: pseudo-videos

@@ -198,6 +198,8 @@ def finetune(args: argparse.Namespace) -> None:
         model.train()
         for index in data.shuffled_batches(len(images), args.batch, run.generator):
             x, y = data.crop_flip(images[index], run.generator), labels[index]  # [B, 3, S, S], [B]
+            if args.cutmix:
+                x, y = data.cutmix(x, y, len(source.classes), run.generator)  # [B, 3, S, S], [B, K]
             with autocast:
                 logits = model(x)  # [B, K]
             # Label smoothing asks for 0.91 on the right class instead of 1, so that logits need not grow for
@@ -209,7 +211,7 @@ def finetune(args: argparse.Namespace) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            run.log(loss=loss, train=(logits.argmax(1) == y).float().mean())
+            run.log(loss=loss, train=(logits.argmax(1) == labels[index]).float().mean())
         logits = vit.evaluate(model, autocast, lambda x: model(x.float() / 255), validation)
         run.save(validation=vit.accuracy(logits, truth))
 
@@ -337,6 +339,7 @@ def main() -> None:
     add("--checkpoint", type=vit.path, help="start from this encoder (without: from scratch, the control)")
     add("--labels", type=float, default=1.0, help="share of images with labels (default: all)")
     add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--cutmix", action="store_true", help="paste part of another image into each, in half of the steps")
     p.set_defaults(run=finetune)
 
     vit.command(parser)

@@ -78,6 +78,17 @@ def test_crop_flip_is_reflection_padding_then_a_crop_then_a_mirror(batch):
             assert any(np.array_equal(out[i], c) or np.array_equal(out[i], c[:, :, ::-1]) for c in crops)
 
 
+def test_cutmix_counts_each_class_by_the_pixels_that_it_has():
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 32, 32)  # every pixel says whose it is
+    mixed = 0
+    for seed in range(8):
+        x, y = data.cutmix(images, torch.arange(6), 6, torch.Generator().manual_seed(seed))
+        share = torch.stack([(x == k).float().mean(dim=(1, 2, 3)) for k in range(6)], dim=1)  # [B, K]
+        assert torch.allclose(y, share)
+        mixed += not torch.equal(x, images)
+    assert 1 < mixed < 7  # half of the batches, about
+
+
 def test_resized_crop_of_the_whole_image_is_the_image_or_its_mirror(batch, monkeypatch):
     monkeypatch.setattr(data.math, "log", lambda _: 0.0)  # aspect ratio 1
     out = data.resized_crop_flip(batch, torch.Generator().manual_seed(0), scale=(1.0, 1.0))
