@@ -61,20 +61,17 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 2) 
 
 
 def cutmix(images: Tensor, labels: Tensor, classes: int, generator: Generator | None = None):
-    """In half of the batches, paste a rectangle of another image into each (Yun et al. 2019, section 3.1).
-
-    images: [B, 3, S, S], labels: [B] -> mixed images [B, 3, S, S], and each class's share of the pixels,
-    [B, K]. The rectangle is the same for the whole batch; its area is uniform in [0, 1] before the image's
-    border cuts it off.
-    """
+    """In half of the batches, paste a rectangle of its neighbour into each image (Yun et al. 2019, section
+    3.1; one rectangle for the batch): images [B, 3, S, S], labels [B] -> mixed images [B, 3, S, S], and what
+    share of the pixels each class has, [B, K]. So no single part of an image is always there."""
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
     half = torch.where(chance < 0.5, area.sqrt() / 2, 0)  # of the rectangle's side
     at = (torch.arange(S, device=images.device) + 0.5) / S  # [S]
     inside = ((at - y).abs() < half)[:, None] & ((at - x).abs() < half)  # [S, S]
-    other = torch.randperm(len(images), device=images.device, generator=generator)  # [B]
-    share, pasted = F.one_hot(labels, classes).float(), inside.float().mean()  # [B, K], []
-    return torch.where(inside, images[other], images), torch.lerp(share, share[other], pasted)
+    mixed = torch.where(inside, images.roll(1, 0), images)
+    pasted, share = inside.float().mean(), F.one_hot(labels, classes).float()  # [], [B, K]
+    return mixed, torch.lerp(share, share.roll(1, 0), pasted)
 
 
 def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
@@ -162,11 +159,6 @@ def unpatchify(patches: Tensor) -> Tensor:
     return x.reshape(B, C, side * P, side * P)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Row b of the result holds x[b, index[b]]: x [B, N, ...], index [B, M] -> [B, M, ...]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
-
-
 def turn(x: Tensor, angle: Tensor) -> Tensor:
     """Turn row b of x [B, ..., S, S] by angle[b] quarter turns counter-clockwise; angle: [B], 0 to 3."""
     turned = torch.stack([torch.rot90(x, k, dims=(-2, -1)) for k in range(4)])  # [4, B, ..., S, S]
@@ -188,7 +180,7 @@ def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, m
     mask_at, turn_at = order[:, :masked], order[:, masked : masked + turned]
     angle = torch.randint(4, (B,), device=x.device, generator=generator)
     b = torch.arange(B, device=x.device)[:, None]  # [B, 1]
-    x[b, turn_at] = turn(take(x, turn_at), angle)  # [B, turned, C, P, P]
+    x[b, turn_at] = turn(x[b, turn_at], angle)  # [B, turned, C, P, P]
     x[b, mask_at] = 0
     return unpatchify(x), mask_at, turn_at, angle
 
@@ -197,15 +189,11 @@ def patch_augment(images: Tensor, generator: Generator | None = None, patch=8, m
 
 
 def own_part(x: Tensor) -> Tensor:
-    """This process's rows of a batch [B, ...]: all of them, unless torchrun has started several processes."""
+    """This process's rows of a batch [B, ...]: all of them, unless torchrun has started several processes.
+    Raises RuntimeError where these can't share them out evenly."""
     if not dist.is_initialized():
         return x
-    processes = dist.get_world_size()
-    if len(x) % processes:
-        sys.exit(
-            f"{len(x)} can't be shared out among {processes} processes; choose another --batch or --clips"
-        )
-    return x.chunk(processes)[dist.get_rank()]
+    return x.unflatten(0, (dist.get_world_size(), -1))[dist.get_rank()]
 
 
 def shuffled_batches(number: int, batch: int, generator: Generator):
@@ -280,7 +268,6 @@ def load(data: str, split: str, device: torch.device | str = "cpu", limit: int |
     train       45,000 images
     validation   5,000, held out of the official training set, always the same: choose with these
     test        10,000, the official test set: for the final number only
-
     `data`: see `source`; `limit`: at most so many images (None: all)."""
     images, labels = source(data).read(split, limit)
     return images.to(device), labels.to(device)
@@ -329,9 +316,8 @@ def fetch(folder: pathlib.Path, url: str = URL, sha256: str = SHA256) -> None:
 def find(data: str) -> pathlib.Path:
     """The folder of .bin files for --data, which may name it, whatever it is called, or its parent."""
     path = pathlib.Path(data)
-    if path.name == FOLDER or any((path / name).exists() for name in FILES):
-        return path
-    return path / FOLDER
+    named = path.name == FOLDER or any((path / name).exists() for name in FILES)
+    return path if named else path / FOLDER
 
 
 def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor]:
@@ -344,8 +330,6 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor
             sys.exit(f"{path} is missing or damaged; delete {folder}, if it is there, then {advice}")
         records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
-    if records[:, 0].max() >= len(CLASSES):
-        sys.exit(f"{folder} is damaged: it holds a label above {len(CLASSES) - 1}; delete it, then {advice}")
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 

@@ -129,7 +129,8 @@ def pretrain_infonce(args: argparse.Namespace) -> None:
 def paint_loss(painted: Tensor, images: Tensor, masked: Tensor, patch: int) -> Tensor:
     """Mean squared error [] of painted [B, M, 3*P*P], standardised, for the patches masked [B, M] of images
     [B, 3, S, S] in [0, 1]."""
-    hidden = data.take(data.patchify(images, patch), masked).flatten(2)  # [B, M, 3*P*P]
+    b = torch.arange(len(images), device=images.device)[:, None]  # [B, 1]
+    hidden = data.patchify(images, patch)[b, masked].flatten(2)  # [B, M, 3*P*P]
     return F.mse_loss(painted.float(), vit.standardise(hidden))
 
 

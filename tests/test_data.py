@@ -245,16 +245,6 @@ def test_no_network_has_an_exit_code_of_its_own_and_a_full_disk_another(tmp_path
         data.fetch(tmp_path)
 
 
-def test_a_label_that_no_class_has_gets_one_sentence(tmp_path):
-    """From a damaged disk: training would otherwise end in an IndexError, somewhere."""
-    (tmp_path / data.FOLDER).mkdir()
-    records = np.zeros((10_000, data.RECORD), dtype=np.uint8)
-    records[77, 0] = 10
-    records.tofile(tmp_path / data.FOLDER / "test_batch.bin")
-    with pytest.raises(SystemExit, match="is damaged: it holds a label above 9; delete it, then"):
-        data.load(str(tmp_path), "test")
-
-
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_damaged_files_get_one_sentence(tmp_path, damage):
     (tmp_path / data.FOLDER).mkdir()
