@@ -1,6 +1,6 @@
 """From disk to a batch on the device: augmentation, patch masking and rotation, samplers, CIFAR-10.
 
-Part 1, augmentation:      crop and flip; SimCLR's random-resized crop and colours
+Part 1, augmentation:      crop and flip; CutMix; SimCLR's random-resized crop and colours
 Part 2, patches:           patchify, unpatchify, patch_augment (Model M's task)
 Part 3, batches:           shuffled batches, SameClassBatchSampler
 Part 4, which images:      load, source (the one place to change for other images)

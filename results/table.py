@@ -152,8 +152,8 @@ def table(profiles: dict[str, list[Rows]]) -> list[list[str]]:
         line = [name, in_words(name, [REPORTED[name]] if name in REPORTED else [])]
         for runs in profiles.values():
             line += [number(runs, name), number(runs, f"{name}:epochs"), difference(runs, name, control)]
-            feature = number(runs, f"{name}:feature")
-            words += f" ({feature})" if feature else ""
+        features = dict.fromkeys(number(runs, f"{name}:feature") for runs in profiles.values())
+        words += f" ({'; '.join(filter(None, features))})" if any(features) else ""
         lines.append([*line, words, control if control.partition(":")[0] in there else ""])
     return lines
 

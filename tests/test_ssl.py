@@ -115,6 +115,8 @@ def test_losses_and_augmentation_stay_on_the_device_and_never_wait_for_it(stage1
     x, masked, _, angle = data.patch_augment(target)
     logits, painted = m(x, masked)
     loss = loss + F.cross_entropy(logits, angle) + stage1.paint_loss(painted, target, masked, 8)
+    mixed, share = data.cutmix(target, torch.empty(8, dtype=torch.long, device="meta"), 4)
+    loss = loss + F.cross_entropy(m(mixed, masked)[0], share)
     encoded = clips.encode(target)  # [8, D]
     loss = loss + clips.temporal(encoded.unflatten(0, (2, 4))).sum() + video.static(clips, images).sum()
     loss.backward()
@@ -185,7 +187,9 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path, monke
     call("ssl.py", "pretrain", "--task", "m", "--init", tmp_path / "infonce.pt", *FAST, *out)
     probes = [["pixels", "untrained", tmp_path / "m.pt"], ["untrained", "pixels"], [tmp_path / "m.pt"]]
     call("ssl.py", "probe", "--checkpoint", *probes[0], *out)
-    call("ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", "--epochs", 2, "--batch", 64, *out)
+    tuned = ["ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", "--cutmix"]
+    tuned += ["--epochs", 2, "--batch", 64, *out]
+    call(*tuned)
     call("analysis.py", "maps", "cka", *out)
     found = rows(tmp_path)
     expected = {"pixels_probe", "untrained_probe", "m_probe", "finetune"}
@@ -204,7 +208,6 @@ def test_the_whole_of_stage_one_and_its_analysis_on_a_few_images(tmp_path, monke
     for probe in probes[1:]:
         call("ssl.py", "probe", "--checkpoint", *probe, *out)
     assert all(found[name]["value"] == row["value"] for name, row in rows(tmp_path).items())
-    tuned = ["ssl.py", "finetune", "--checkpoint", tmp_path / "m.pt", "--epochs", 2, "--batch", 64, *out]
     assert "finished before" in call(*tuned)
     load = data.load
     monkeypatch.setattr(data, "load", lambda *a: (load(*a)[0] ^ 1, load(*a)[1]))  # others by the same name
