@@ -27,7 +27,8 @@ def commands() -> set[str]:
     script = (ROOT / "run_all.sh").read_text().replace("\\\n", " ")
     for line in re.findall(r'^ *stage ".*?"\s+(?:\$train|python) (\w+\.py .*)$', script, re.M):
         line = line.split(" ||")[0].replace("$out/{infonce,m,m_alone}.pt", "a.pt b.pt")
-        found.add(re.sub(r"\$\w+", "1", line.replace("$captions", "c.json")))
+        line = line.replace("$captions", "c.json").replace("$cutmix", "--cutmix")
+        found.add(re.sub(r"\$\w+", "1", line))
     return {line for line in found if line.split()[0] in SCRIPTS}
 
 
