@@ -61,9 +61,9 @@ def crop_flip(images: Tensor, generator: Generator | None = None, pad: int = 2) 
 
 
 def cutmix(images: Tensor, labels: Tensor, classes: int, generator: Generator | None = None):
-    """In half of the batches, paste a rectangle of its neighbour into each image (Yun et al. 2019, section
-    3.1; one rectangle for the batch): images [B, 3, S, S], labels [B] -> mixed images [B, 3, S, S], and what
-    share of the pixels each class has, [B, K]. So no single part of an image is always there."""
+    """In half of the batches, paste a rectangle of the next image over each (Yun et al. 2019, section 3.1;
+    one rectangle for the batch): images [B, 3, S, S], labels [B] -> mixed images [B, 3, S, S], and what share
+    of the pixels each class has, [B, K]. So the network can't rely on any one part of an image."""
     S = images.shape[-1]
     area, x, y, chance = torch.rand(4, device=images.device, generator=generator)
     half = torch.where(chance < 0.5, area.sqrt() / 2, 0)  # of the rectangle's side
