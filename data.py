@@ -69,9 +69,8 @@ def cutmix(images: Tensor, labels: Tensor, classes: int, generator: Generator | 
     half = torch.where(chance < 0.5, area.sqrt() / 2, 0)  # of the rectangle's side
     at = (torch.arange(S, device=images.device) + 0.5) / S  # [S]
     inside = ((at - y).abs() < half)[:, None] & ((at - x).abs() < half)  # [S, S]
-    mixed = torch.where(inside, images.roll(1, 0), images)
     pasted, share = inside.float().mean(), F.one_hot(labels, classes).float()  # [], [B, K]
-    return mixed, torch.lerp(share, share.roll(1, 0), pasted)
+    return torch.where(inside, images.roll(1, 0), images), torch.lerp(share, share.roll(1, 0), pasted)
 
 
 def resized_crop_flip(images: Tensor, generator: Generator | None = None, scale=(0.2, 1.0)) -> Tensor:
@@ -326,9 +325,10 @@ def read_batches(folder: pathlib.Path, names: list[str]) -> tuple[Tensor, Tensor
     advice = f"`python data.py --data {folder.parent}` fetches CIFAR-10, --data synthetic draws shapes"
     records = []
     for path in [folder / name for name in names]:
-        if not path.exists() or path.stat().st_size != 10_000 * RECORD:
+        read = np.fromfile(path, dtype=np.uint8) if path.exists() else np.empty(0)
+        if len(read) != 10_000 * RECORD or read[::RECORD].max() >= len(CLASSES):  # too few bytes, or no label
             sys.exit(f"{path} is missing or damaged; delete {folder}, if it is there, then {advice}")
-        records.append(np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD))
+        records.append(read.reshape(-1, RECORD))
     records = torch.from_numpy(np.concatenate(records))  # [n, 3073]
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 

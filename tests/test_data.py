@@ -245,11 +245,15 @@ def test_no_network_has_an_exit_code_of_its_own_and_a_full_disk_another(tmp_path
         data.fetch(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short"])
+@pytest.mark.parametrize("damage", ["missing", "short", "no such label"])
 def test_damaged_files_get_one_sentence(tmp_path, damage):
     (tmp_path / data.FOLDER).mkdir()
     if damage == "short":
         (tmp_path / data.FOLDER / "test_batch.bin").write_bytes(bytes(10_000 * data.RECORD - 1))
+    if damage == "no such label":  # training would otherwise end in an IndexError, somewhere
+        records = np.zeros((10_000, data.RECORD), dtype=np.uint8)
+        records[77, 0] = 10
+        records.tofile(tmp_path / data.FOLDER / "test_batch.bin")
     with pytest.raises(SystemExit, match="test_batch.bin is missing or damaged; delete .* fetches CIFAR-10"):
         data.load(str(tmp_path), "test")
 
