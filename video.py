@@ -114,23 +114,31 @@ class FactorisedAttention(nn.Module):
 
     def __init__(self, encoder: vit.ViT, blocks: int = 1, frames: int = 16, classes: int = 10):
         super().__init__()
-        self.encoder, self.frames = encoder, frames
+        self.encoder, self.frames, self.first = encoder, frames, len(encoder.blocks) - blocks
         self.temporals = nn.ModuleList([TemporalAttention(b, frames) for b in encoder.blocks[-blocks:]])
         self.head = nn.Linear(encoder.config["dim"], classes)
 
+    def space(self, block: vit.Block, x: Tensor) -> Tensor:
+        """Attention within each frame by itself: [..., T, D] -> [..., T, D]."""
+        update, _ = block.attn(block.norm1(x).flatten(0, -3))  # [B, T, D]
+        return x + update.view(x.shape)
+
     def encode(self, images: Tensor) -> Tensor:
-        """The blocks without temporal attention: images [B, 3, S, S], each by itself -> tokens [B, T, D]."""
+        """All that comes before the first attention across frames: images [B, 3, S, S], each by itself ->
+        tokens [B, T, D]."""
         x = self.encoder.embed(images)
-        for block in self.encoder.blocks[: -len(self.temporals)]:
+        for block in self.encoder.blocks[: self.first]:
             x = block(x)
-        return x
+        return self.space(self.encoder.blocks[self.first], x)
 
     def temporal(self, frames: Tensor) -> Tensor:
-        """The blocks with temporal attention: encoded frames [C, F, T, D] -> class logits [C, K]."""
+        """The rest: encoded frames [C, F, T, D] -> class logits [C, K]."""
         x = frames
-        for block, temporal in zip(self.encoder.blocks[-len(self.temporals) :], self.temporals):
-            update, _ = block.attn(block.norm1(x).flatten(0, 1))  # [C*F, T, D]
-            x = x + update.view(x.shape)
+        for i, (block, temporal) in enumerate(zip(self.encoder.blocks[self.first :], self.temporals)):
+            if i > 0:  # in the first block `encode` has done it
+                x = self.space(block, x)
+            if i == len(self.temporals) - 1:
+                x = x[:, :, :1]  # [C, F, 1, D]: only CLS is read, and from here on it asks no patch any more
             x = x + temporal(x)
             x = x + block.mlp(block.norm2(x))
         cls = self.encoder.norm(x)[:, :, 0]  # [C, F, D]
