@@ -71,7 +71,7 @@ case $profile in
   laptop) infonce=4 m=3 finetune=6 clips=4 captioner=2 fusion=1 frozen=4 enlarge=40 cutmix= ;;
   # the report's epochs for Model M, fine-tuning and clips; it names none for InfoNCE and captions. CutMix, since
   # in 50 epochs the network otherwise learns its training images by heart (results/tuning.md)
-  full)   infonce=40 m=20 finetune=50 clips=25 captioner=25 fusion=1 frozen=0 enlarge=48 cutmix=--cutmix ;;
+  full)   infonce=40 m=20 finetune=50 clips=25 captioner=25 fusion=4 frozen=0 enlarge=48 cutmix=--cutmix ;;
 esac
 case ${NPROC:-1} in  # what starts the stages that train; the address by number, as some machines don't know their name
   1) train=python ;;
